@@ -177,7 +177,7 @@ def test_preset_shapes() -> None:
     assert PRESETS["tiny-olmoe"].record() == PRESETS["tiny-olmoe"].arguments, "the key of OLMoE presets has no family"
     families = {name: preset.config().model_type for name, preset in PRESETS.items()}
     named = {f"{size}-{family}": family for size in ("tiny", "nano") for family in ("olmoe", "llama", "vit")}
-    assert families == {**named, "tiny-vit-28": "vit"}
+    assert families == {**named, "tiny-vit-28": "vit", "nano-vit-rgb": "vit"}
 
 
 def test_the_task_is_known_before_anything_is_trained(tmp_path: Path) -> None:

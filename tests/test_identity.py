@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
+from fedmoe_ds.config.data_form_section import DataFormConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
@@ -98,6 +99,7 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
+    **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""

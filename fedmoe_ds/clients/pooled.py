@@ -35,7 +35,9 @@ class PooledData:
         labels = [part.labels for part in parts if part.labels is not None]
         # A federation is of one task, so either all parts have pixels or none has.
         if pixels:
-            return Sequences.of_images(np.concatenate(pixels), np.concatenate(labels))
+            scores = [part.scores for part in parts if part.scores is not None]
+            scores_N = np.concatenate(scores) if scores else None
+            return Sequences.of_images(np.concatenate(pixels), np.concatenate(labels), scores_N)
         return Sequences(ids, masks)
 
     def train_lengths(self, client: int) -> NDArray[np.int64]:

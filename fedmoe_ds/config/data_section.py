@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fedmoe_ds.config.data_form_section import DataFormConfig
 from fedmoe_ds.config.prompt import PromptConfig
 from fedmoe_ds.config.section import Section
 
@@ -57,6 +58,7 @@ class DataConfig(Section):
         0, ge=0, le=100, description="training samples per tier whose text goes into run and report; clients have written it"
     )
     partition: PartitionConfig = PartitionConfig()
+    form: DataFormConfig = DataFormConfig()
 
     @field_validator("source", "validation", mode="before")
     @classmethod

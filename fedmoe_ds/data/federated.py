@@ -20,6 +20,7 @@ from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.dealing import Prepared
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.forms import formed_shape
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import assemble, assemble_images
@@ -192,7 +193,8 @@ def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> Federated
     given = IMAGE_SETS[str(config.source)]
     images = given.split(cache_dir.parent)[1]
     folder = cache_dir / _image_key(config, seed, images)
-    header = {"sequence_length": 1, IMAGE_SHAPE: list(given.shape), MADE_FROM: str(config.source)}
+    shape = formed_shape(config.form, given.shape)
+    header = {"sequence_length": 1, IMAGE_SHAPE: list(shape), MADE_FROM: str(config.source)}
     return _found_or_made(folder, lambda: assemble_images(images, config, seed), header)
 
 
@@ -252,6 +254,8 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
         "kind": config.source,
         "source": images.digest(),
         "seed": seed,
+        # Absent where images stay as they are, so that caches of earlier versions are still found.
+        **({} if config.form.kind == "plain" else {"form": config.form.model_dump(mode="json")}),
     }
     return tree_sha256(parts)[:32]
 

@@ -15,7 +15,9 @@ import numpy as np
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import templates
+from fedmoe_ds.data.dealing import NOBODY
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.forms import Dealt, formed
 from fedmoe_ds.data.groups import group_names
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
@@ -62,6 +64,7 @@ def given_data(
     code: str | None = None,
     by_client: bool = False,
     note: Callable[[str], None] | None = None,
+    seed: int = 0,
 ) -> GivenData:
     """Read what `data.source` names.
 
@@ -69,12 +72,13 @@ def given_data(
         tokenizer: None for an image classifier.
         cache: root of the cache folder.
         code: digest of the tokenizer's own Python code, if it runs any.
+        seed: what the form of images draws by (`data.form`).
         by_client: also sort the rows by client: by `data.partition.column`, else as the source says.
     Raises:
         UserError: for whatever is wrong with source, columns or rows; nothing is left of them; no column says whose a row is.
     """
     if tokenizer is None:
-        return _images(config, cache, by_client)
+        return _images(config, cache, by_client, seed)
     encoder = Encoder(tokenizer, own_code=code is not None)
     source = open_sources(config, cache).train
     owner = (config.partition.column or source.group_column) if by_client else None
@@ -124,9 +128,14 @@ def _sequences(samples: Samples, places: range | list[int], config: DataConfig) 
     return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
 
 
-def _images(config: DataConfig, cache: Path, by_client: bool) -> GivenData:
+def _images(config: DataConfig, cache: Path, by_client: bool, seed: int) -> GivenData:
     images = IMAGE_SETS[str(config.source)].split(cache)[1]
-    everybody, owners = Sequences.of_images(images.pixels_NCHW, images.labels_N), dict[str, Sequences]()
+    # A form asks whose an image is. With `by_client` every class is a client; else nobody owns anything here.
+    classes, class_N = np.unique(images.labels_N, return_inverse=True)
+    client_N = class_N if by_client else np.full(len(images), NOBODY)
+    dealt = Dealt(images.pixels_NCHW, images.labels_N, client_N, len(classes) if by_client else 0, seed)
+    everybody = formed(Sequences.of_images(images.pixels_NCHW, images.labels_N), dealt, config.form)
+    owners: dict[str, Sequences] = {}
     if by_client:
         # Images have no column but their class, and a natural partition makes that the client.
         if config.partition.kind != "natural":

@@ -38,15 +38,17 @@ def mnist(cache: Path) -> tuple[Images, Images]:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What an image source gives: [C, H, W] and classes, the preset that takes it, and (pretraining, federated)."""
+    """What an image source gives: [C, H, W] and classes, the presets that take it as it is and painted in colours (None: no
+    preset does), and (pretraining, federated)."""
 
     shape: tuple[int, int, int]
     classes: int
     preset: str
     split: Callable[[Path], tuple[Images, Images]]
+    colour_preset: str | None = None
 
 
 IMAGE_SETS = {
-    digits.NAME: ImageSet(digits.SHAPE, digits.CLASSES, "tiny-vit", lambda cache: digits.split()),
+    digits.NAME: ImageSet(digits.SHAPE, digits.CLASSES, "tiny-vit", lambda cache: digits.split(), "nano-vit-rgb"),
     NAME: ImageSet(SHAPE, digits.CLASSES, "tiny-vit-28", mnist),
 }

@@ -15,6 +15,7 @@ from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits, groups, partition, templates
 from fedmoe_ds.data.dealing import ALL, NOBODY, GivenHoldout, Prepared, Units, deal_units
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.forms import Dealt, formed
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
 from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.sources import Source, Sources, source_name
@@ -101,7 +102,8 @@ def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder)
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
-    """Return all clients' images. The label of an image is its class: a natural partition gives one client per class.
+    """Return all clients' images in the form that `data.form` names. The label of an image is its class: a natural partition
+    gives one client per class.
 
     Raises UserError for too few images and clients that would be empty.
     """
@@ -113,7 +115,9 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
         rows = np.array(_rows_in(labels, wanted))
     content = Sequences.of_images(images.pixels_NCHW[rows], images.labels_N[rows])
     units = Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
-    return replace(deal_units(units, config, seed)[0], omissions=Omissions(rows=len(rows)))
+    prepared, client_N = deal_units(units, config, seed)
+    dealt = Dealt(images.pixels_NCHW[rows], images.labels_N[rows], client_N, len(prepared.names), seed)
+    return replace(prepared, content=formed(content, dealt, config.form), omissions=Omissions(rows=len(rows)))
 
 
 def _owner_of(units: Units, names: list[str], client_N: NDArray[np.int64]) -> Owner:

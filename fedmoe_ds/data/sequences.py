@@ -26,19 +26,23 @@ class Sequences:
     never does.
 
     Images: `pixels` float32 [N, C, H, W] and `labels` int64 [N], both None for text; `input_ids` and `loss_mask` are empty
-    then. An image is one sample with one target, its class.
+    then. An image is one sample with one target, its class. `scores` float32 [N] is what the data's form knows of each image
+    (`data.forms`), None where it knows nothing.
     """
 
     input_ids: list[NDArray[np.int64]]
     loss_mask: list[NDArray[np.bool_]]
     pixels: NDArray[np.float32] | None = None
     labels: NDArray[np.int64] | None = None
+    scores: NDArray[np.float32] | None = None
 
     @classmethod
-    def of_images(cls, pixels_NCHW: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Sequences:
+    def of_images(
+        cls, pixels_NCHW: NDArray[np.float32], labels_N: NDArray[np.int64], scores_N: NDArray[np.float32] | None = None
+    ) -> Sequences:
         """Labelled images as an owner's samples."""
         assert pixels_NCHW.ndim == 4 and len(pixels_NCHW) == len(labels_N), (pixels_NCHW.shape, labels_N.shape)
-        return cls([], [], pixels_NCHW, labels_N)
+        return cls([], [], pixels_NCHW, labels_N, scores_N)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
@@ -47,7 +51,8 @@ class Sequences:
         """Return the sequences or images at `rows`, in that order."""
         chosen = [int(row) for row in rows]
         if self.pixels is not None and self.labels is not None:
-            return Sequences.of_images(self.pixels[chosen], self.labels[chosen])
+            scores_N = None if self.scores is None else self.scores[chosen]
+            return Sequences.of_images(self.pixels[chosen], self.labels[chosen], scores_N)
         return Sequences([self.input_ids[row] for row in chosen], [self.loss_mask[row] for row in chosen])
 
     def followed_by(self, other: Sequences) -> Sequences:
@@ -78,7 +83,7 @@ class Sequences:
 
 
 def fingerprint(content: Sequences, owned: Ragged) -> str:
-    """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format.
+    """Return the sha256 over all tokens and targets, or pixels, labels and scores, owner by owner, whatever the file format.
 
     `owned` has the rows of `content` of each owner.
     """
@@ -90,6 +95,8 @@ def fingerprint(content: Sequences, owned: Ragged) -> str:
             digest.update(np.array(pixels_NCHW.shape, dtype="<i8").tobytes())
             digest.update(pixels_NCHW.astype("<f4", copy=False).tobytes())
             digest.update(content.labels[own].astype("<i8", copy=False).tobytes())
+            if content.scores is not None:
+                digest.update(content.scores[own].astype("<f4", copy=False).tobytes())
         return digest.hexdigest()
     tokens, masks, rows = content.input_ids, content.loss_mask, owned.values_N.tolist()
     for start, end in owned.spans(range(len(owned))):

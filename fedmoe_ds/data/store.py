@@ -43,6 +43,7 @@ HEADER = "header.json"
 # Targets are bytes, not Arrow's packed bits, so that they too can be viewed in place.
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
+SCORES = pa.field("scores", pa.float32())  # one column more, where the data's form knows something of every image
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
 UNITS = "units"  # in the header of a store of row numbers: the name of the entry that has the sequences
 _UNITS_NAME = "units-"
@@ -125,7 +126,9 @@ class Store:
         if (shape := self.header.get(IMAGE_SHAPE)) is not None:
             batch = self._reader.get_batch(owner)
             pixels_NCHW = batch.column("pixels").values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
-            return Sequences.of_images(pixels_NCHW, batch.column("labels").to_numpy(zero_copy_only=True))
+            scored = SCORES.name in batch.schema.names
+            scores_N = batch.column(SCORES.name).to_numpy(zero_copy_only=True) if scored else None
+            return Sequences.of_images(pixels_NCHW, batch.column("labels").to_numpy(zero_copy_only=True), scores_N)
         bounds, ids, mask = self._batch(owner)
         spans = list(itertools.pairwise(bounds.tolist()))
         return Sequences([ids[a:b] for a, b in spans], [mask[a:b] for a, b in spans])
@@ -255,7 +258,8 @@ def write_store(folder: Path, prepared: Prepared, header: dict[str, Any], units:
             _write_batches(draft / DATA, ROWS_SCHEMA, [pa.record_batch([pa.array(owned.values_N)], schema=ROWS_SCHEMA)])
             header = {**header, UNITS: units}
         elif content.labels is not None:
-            _write_batches(draft / DATA, IMAGE_SCHEMA, (_image_batch(content.select(own)) for own in owned))
+            schema = IMAGE_SCHEMA if content.scores is None else IMAGE_SCHEMA.append(SCORES)
+            _write_batches(draft / DATA, schema, (_image_batch(content.select(own), schema) for own in owned))
         else:
             _write_batches(draft / DATA, SCHEMA, _text_batches(content, owned.values_N))
         write_clients(prepared, draft / client_table.FILE)
@@ -284,12 +288,13 @@ def storage_error(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _image_batch(owner: Sequences) -> pa.RecordBatch:
+def _image_batch(owner: Sequences, schema: pa.Schema) -> pa.RecordBatch:
     assert owner.pixels is not None
     size = int(np.prod(owner.pixels.shape[1:]))
     bounds = pa.array(np.arange(len(owner) + 1) * size, type=pa.int64())
     pixels = pa.LargeListArray.from_arrays(bounds, pa.array(owner.pixels.reshape(-1)))
-    return pa.record_batch([pixels, pa.array(owner.labels)], schema=IMAGE_SCHEMA)
+    scores = [] if owner.scores is None else [pa.array(owner.scores)]
+    return pa.record_batch([pixels, pa.array(owner.labels), *scores], schema=schema)
 
 
 def _text_batches(content: Sequences, rows: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:

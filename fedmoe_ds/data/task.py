@@ -7,7 +7,10 @@ from typing import Literal
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
-from fedmoe_ds.data.mnist import IMAGE_SETS
+from fedmoe_ds.data.forms import formed_shape
+from fedmoe_ds.data.forms.colours import CHANNELS
+from fedmoe_ds.data.forms.form import Shape
+from fedmoe_ds.data.mnist import IMAGE_SETS, ImageSet
 from fedmoe_ds.errors import UserError
 
 Task = Literal["causal_lm", "image_classification"]
@@ -54,8 +57,10 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
             f"{source}: labelled images, and the foundation is a causal language model; "
             f"use foundation.preset={IMAGE_SETS[str(config.source)].preset} or a text source"
         )
-    # Text has no further settings to refuse, and no size to compare.
+    # Text has no size to compare, and of the settings of images the form alone.
     if task == "causal_lm":
+        if config.form.kind != "plain":
+            raise UserError(f"data.form.kind: {config.form.kind}: for images only, and {source} is text; drop the key")
         return
     if source_task(config) != task:
         raise UserError(
@@ -64,12 +69,17 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
         )
     _refuse_text_settings(config)
     given = IMAGE_SETS[str(config.source)]
-    if images is not None and (images.shape, images.classes) != (given.shape, given.classes):
+    shape = formed_shape(config.form, given.shape)
+    if images is not None and (images.shape, images.classes) != (shape, given.classes):
         raise UserError(
-            f"{source}: images [channels, height, width] {list(given.shape)} in {given.classes} classes, and the "
-            f"foundation takes {list(images.shape)} in {images.classes}; use foundation.preset={given.preset} or a model "
-            "of this size"
+            f"{source}: images [channels, height, width] {list(shape)} in {given.classes} classes, and the "
+            f"foundation takes {list(images.shape)} in {images.classes}; use {_fitting(shape, given)} of this size"
         )
+
+
+def _fitting(shape: Shape, given: ImageSet) -> str:
+    name = {given.shape: given.preset, (CHANNELS, *given.shape[1:]): given.colour_preset}.get(shape)
+    return "a model" if name is None else f"foundation.preset={name} or a model"
 
 
 def _refuse_text_settings(config: DataConfig) -> None:

@@ -114,7 +114,7 @@ def score_model(config: Config, request: Request, note: Note) -> Scores:
 def _given(loaded: LoadedModel, request: Request, note: Note) -> GivenData:
     config, foundation = loaded.spec.config, loaded.foundation
     root = cache.root(config.foundation.cache)
-    data = given_data(config.data, foundation.tokenizer, root, foundation.code, request.matrix, note)
+    data = given_data(config.data, foundation.tokenizer, root, foundation.code, request.matrix, note, config.seed)
     _tell(data, note)
     return data
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import LlamaConfig, OlmoeConfig, ViTConfig
 
 from fedmoe_ds.data import Task, digits
-from fedmoe_ds.data.mnist import IMAGE_SETS, ImageSet
+from fedmoe_ds.data.digits import Images
+from fedmoe_ds.data.forms.colours import CHANNELS, in_any_colours
+from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.errors import UserError, nearest
 
 PAD_TOKEN_ID = 0
@@ -52,10 +55,11 @@ class Preset:
     def task(self) -> Task:
         return "image_classification" if self.family == "vit" else "causal_lm"
 
-    @property
-    def images(self) -> ImageSet:
-        """What a vision transformer is pre-trained on: the set with images of its size."""
-        return next(given for given in IMAGE_SETS.values() if given.shape[1] == self.arguments["image_size"])
+    def images(self, cache: Path, seed: int) -> Images:
+        """What a vision transformer is pre-trained on: images of its size that no client has, painted if it sees colours."""
+        given = next(given for given in IMAGE_SETS.values() if given.shape[1] == self.arguments["image_size"])
+        own, _ = given.split(cache)
+        return in_any_colours(own, seed) if self.arguments["num_channels"] == CHANNELS else own
 
     def config(self) -> Any:
         """A new transformers configuration."""
@@ -138,6 +142,17 @@ PRESETS: dict[str, Preset] = {
     "nano-vit": Preset(
         "vit",
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **_DIGITS},
+    ),
+    "nano-vit-rgb": Preset(
+        "vit",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            **_DIGITS,
+            "num_channels": CHANNELS,
+        },
     ),
 }
 

@@ -68,7 +68,7 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
 def _plan(preset: Preset, config: PretrainConfig, seed: int, root: Path, progress: Progress) -> tuple[str, Train]:
     """The cache key of a preset, and how to train it."""
     if preset.task == "image_classification":
-        images, _ = preset.images.split(root)
+        images = preset.images(root, seed)
         key = image_key(preset.record(), config, seed, images)
         return key, lambda state: train_on_images(preset, config, seed, images, progress, state)
     documents, _ = stdlib.split(stdlib.documents())

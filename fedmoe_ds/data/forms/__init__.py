@@ -1,0 +1,33 @@
+"""Forms of images: what becomes of an image set's pictures once it is known whose they are, before anybody sees them.
+
+A kind is one file with a pure function; `data.form.kind` names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedmoe_ds.config.data_form_section import DataFormConfig, Kind
+from fedmoe_ds.data.forms.degraded import degraded
+from fedmoe_ds.data.forms.form import Dealt, Form, Formed, Shape
+from fedmoe_ds.data.sequences import Sequences
+
+__all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape"]
+
+FORMS: dict[Kind, Form] = {
+    "plain": Form(lambda dealt, config: Formed(dealt.pixels_NCHW)),
+    "degraded": Form(degraded),
+}
+
+
+def formed(content: Sequences, dealt: Dealt, config: DataFormConfig) -> Sequences:
+    """Return the images of `content` in their form; `dealt` says whose they are."""
+    made = FORMS[config.kind].make(dealt, config)
+    assert made.pixels_NCHW.shape[1:] == formed_shape(config, dealt.pixels_NCHW.shape[1:]), made.pixels_NCHW.shape
+    return replace(content, pixels=made.pixels_NCHW, scores=made.scores_N)
+
+
+def formed_shape(config: DataFormConfig, shape: tuple[int, ...]) -> Shape:
+    """Return the [C, H, W] that images of this shape have in their form."""
+    channels, height, width = shape
+    return FORMS[config.kind].shape((channels, height, width))
