@@ -12,6 +12,8 @@ from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
+from fedmoe_ds.clients.facility_location import Facilities
+from fedmoe_ds.clients.fingerprint import Projection
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
@@ -25,6 +27,7 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
+from fedmoe_ds.methods.own_experts import check_own_experts, without_routers
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
@@ -55,6 +58,7 @@ __all__ = [
     "ClientView",
     "Combined",
     "Config",
+    "Facilities",
     "FactorPair",
     "Load",
     "LocalStep",
@@ -67,6 +71,7 @@ __all__ = [
     "Objective",
     "PlanContext",
     "Predictions",
+    "Projection",
     "PseudoGradient",
     "RoundContext",
     "RoundPlan",
@@ -85,6 +90,7 @@ __all__ = [
     "balance_loss",
     "balanced",
     "best",
+    "check_own_experts",
     "class_means",
     "class_shapes",
     "class_sums",
@@ -110,4 +116,5 @@ __all__ = [
     "upload",
     "watts",
     "with_defaults",
+    "without_routers",
 ]

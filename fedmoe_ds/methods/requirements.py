@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.data.forms import FORMS
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
 from fedmoe_ds.methods.client_drift import DUAL
@@ -42,6 +43,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
             "end are attended to apart; use false"
         )
+    _check_views(method, name, config)
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)
@@ -57,6 +59,21 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
             f"{kept} of the last round do not apply; use none or fedprox"
         )
+
+
+def _check_views(method: Method, name: str, config: Config) -> None:
+    """Every model of a client reads a view, and every view has a model that reads it."""
+    kind, views = config.data.form.kind, FORMS[config.data.form.kind].views
+    if views != method.views:
+        fitting = " or ".join(other for other, form in FORMS.items() if form.views == method.views)
+        raise UserError(
+            f"data.form.kind: {kind}: images have {_views(views)}, and the models of method {name} read {_views(method.views)}; "
+            f"use {fitting}"
+        )
+
+
+def _views(count: int) -> str:
+    return "1 view" if count == 1 else f"{count} views"
 
 
 def _check_dual_variables(method: Method, name: str, config: Config) -> None:

@@ -50,7 +50,9 @@ def _same(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Form:
-    """One kind: what it makes of images, and which [C, H, W] they have then."""
+    """One kind: what it makes of images, and which [C, H, W] they have then; of several views the channels lie one view after
+    the other."""
 
     make: Callable[[Dealt, DataFormConfig], Formed]
     shape: Callable[[Shape], Shape] = _same
+    views: int = 1
