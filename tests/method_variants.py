@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dense_inputs import DIGITS
 from federations import make_config
 
 from fedmoe_ds.config import Config
@@ -210,11 +211,22 @@ BESIDE: dict[str, dict[str, Any]] = {
     },
 }
 """On the Llama, with adapter experts beside it, of which every one is a model of its own."""
+VIEWED: dict[str, dict[str, Any]] = {
+    "bmsfed": {
+        "method": {"name": "bmsfed", "threshold": 1.01},
+        "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
+        "federation": {"tiers": None},
+        "local": {"batch_size": 4, "weight_decay": 0.1},
+        "data": DIGITS | {"max_samples": 12, "form": {"kind": "grey-and-colour"}},
+    },
+}
+"""On a vision transformer that sees colours: images of several views, of which every one has a model of its own."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE else {}
+    model = "llama" if variant in PLAIN | BESIDE else "vit-rgb" if variant in VIEWED else None
+    dense = {} if model is None else {"foundation": {"path": str(root / model)}}
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | DEVICES)[variant], *changes)
+    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | VIEWED | DEVICES)[variant], *changes)

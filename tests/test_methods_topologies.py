@@ -13,7 +13,7 @@ import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, leave_out
-from method_variants import BESIDE, DEVICES, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, DEVICES, PLAIN, VARIANTS, VIEWED, variant_config
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.flight import ClockState
@@ -56,7 +56,7 @@ def work(rank: int, root: Path, turns: dict[int, list[str]]) -> dict[tuple[str, 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_dense(folder, ("llama",))
+    write_dense(folder, ("llama", "vit-rgb"))
     return folder
 
 
@@ -64,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(root: Path) -> dict[str, Result]:
     return {
         variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone())
-        for variant in VARIANTS | BESIDE | PLAIN
+        for variant in VARIANTS | BESIDE | VIEWED | PLAIN
     }
 
 
@@ -80,7 +80,7 @@ def test_methods_differ(single: dict[str, Result]) -> None:
         assert {event["status"] for event in reports if event["round"] <= 2} == {"ok"}, variant
         trained = [event["round"] for event in reports if event["round"] > 2 and event["status"] == "ok"]
         assert trained == [3], "one client in round 3, nobody in round 4"
-        most = 1 if variant in PLAIN | BESIDE else 8
+        most = 1 if variant in PLAIN | BESIDE | VIEWED else 8
         before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == most)
         assert before != after, variant
 
@@ -127,7 +127,7 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
 
 
 # Neighbours in the table are kin (rescalers, drift corrections): on two ranks each kind meets both expert-parallel sizes.
-SHARED = [*VARIANTS, *BESIDE, *DEVICES]
+SHARED = [*VARIANTS, *BESIDE, *VIEWED, *DEVICES]
 """Those whose experts can lie on several ranks."""
 ALTERNATELY = {2: SHARED[::2], 1: [*SHARED[1::2], *PLAIN]}
 EVERYWHERE = {2: SHARED, 1: [*SHARED, *PLAIN]}

@@ -233,12 +233,11 @@ class BMSFed(Method):
         """Of B samples, whose N = M B targets lie one modality after the other."""
         size = len(given.labels_N) // len(own)
         labels_B, last = given.labels_N[:size], given.step.last_epoch
-        modality_N = torch.tensor(own, device=labels_B.device).repeat_interleave(size)
-        keys_N = modality_N * self.facts.classes + given.labels_N
-        sums = class_sums(given.hidden_ND, keys_N, len(BOTH) * self.facts.classes, counted=last)
+        hidden_MBD = given.hidden_ND.view(len(own), size, -1)
+        sums = self._features(hidden_MBD, labels_B, own, last)
         logits_BC = given.logits_NV.view(len(own), size, -1).mean(0)
         loss = F.cross_entropy(logits_BC, labels_B, reduction="sum")
-        right_M, count, enhanced_M = self._likened(given.hidden_ND.view(len(own), size, -1), labels_B, own, prototypes)
+        right_M, count, enhanced_M = self._likened(hidden_MBD, labels_B, own, prototypes)
         if self.params.alpha:
             loss = loss + self.params.alpha * (_weaker(right_M) * enhanced_M).sum()
         counted_2 = torch.zeros(len(BOTH), dtype=torch.float64, device=labels_B.device)
@@ -246,6 +245,15 @@ class BMSFed(Method):
         if last:
             likeness_2[list(own)], counted_2[list(own)] = right_M.double(), count.double()
         return loss, sums | {LIKENESS: likeness_2, LIKENED: counted_2}
+
+    def _features(self, hidden_MBD: Tensor, labels_B: Tensor, own: tuple[int, ...], last: bool) -> Sums:
+        """Sums by modality and class; zeros of a modality that is not trained."""
+        # Each modality by itself: of equal features, equal bits.
+        each = [
+            class_sums(hidden_MBD[own.index(m) if m in own else 0], labels_B, self.facts.classes, last and m in own)
+            for m in BOTH
+        ]
+        return {name: torch.cat([sums[name] for sums in each]) for name in each[0]}
 
     def _likened(
         self, hidden_MBD: Tensor, labels_B: Tensor, own: tuple[int, ...], prototypes: Statistic

@@ -8,7 +8,7 @@ import torch
 from dense_inputs import dense_config
 from every import every
 from federations import run_alone
-from method_variants import BESIDE, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, PLAIN, VARIANTS, VIEWED, variant_config
 
 from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
@@ -20,7 +20,7 @@ NAMES = {
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
-        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism",
+        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "bmsfed",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm"],
@@ -71,7 +71,7 @@ def case_round(fake: Any, name: str) -> None:
 
 
 def case_every_method_has_a_round(fake: Any) -> None:
-    assert (VARIANTS | PLAIN | BESIDE | MORE | DENSE).keys() == set(NAMES["case_round"])
+    assert (VARIANTS | PLAIN | BESIDE | VIEWED | MORE | DENSE).keys() == set(NAMES["case_round"])
 
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
