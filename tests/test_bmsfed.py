@@ -237,20 +237,20 @@ def config_of(root: Path, name: str, *changes: dict[str, Any]) -> Any:
 
 
 def expert(result: Result, number: int) -> dict[str, np.ndarray]:
-    return {key.replace(f".{number}.", ".E."): value for key, value in result.adapters.items() if f".experts.{number}." in key}
+    return {key.replace(f".experts.{number}.", ".experts.E."): value for key, value in result.adapters.items() if f".experts.{number}." in key}
 
 
 def test_modalities_that_are_alike_stay_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same view twice, read by experts that begin alike: no modality is ahead, none is ever trained alone.
 
-    Up to rounding: products of the two experts' rows lie at other places in memory.
+    Up to rounding, since the rows of the two lie at other places in memory; enhanced would be whichever that is against.
     """
 
     def twice(dealt: Dealt, config: Any) -> Formed:
         return Formed(np.repeat(dealt.pixels_NCHW, 6, 1))
 
     monkeypatch.setitem(forms.FORMS, "grey-and-colour", replace(forms.FORMS["grey-and-colour"], make=twice))
-    change = {"foundation": {"cache": str(root / "twice")}, "data": {"form": {"spread": 0.5}}, "method": {"threshold": 1.001}}
+    change = {"foundation": {"cache": str(root / "twice")}, "data": {"form": {"spread": 0.5}}, "method": {"threshold": 1.001, "alpha": 0.0}}
     parts, journal = build(config_of(root, "alike", change), *alone())
     for name, spec in parts.state.adapters.specs.items():
         if spec.expert:
