@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+from prefork import server
 
 from fedmoe_ds.errors import EXIT_STOPPED
 
@@ -110,7 +111,7 @@ class Job:
                 stdout=out,
                 stderr=err,
                 cwd=here,
-                env=_environment() | {_MARK: self.mark},
+                env=environment() | {_MARK: self.mark},
                 start_new_session=True,
                 preexec_fn=prepare,
             )
@@ -208,6 +209,17 @@ def run(
         return job.finish()
 
 
+def refused(config: dict[str, Any], folder: Path, options: tuple[str, ...] = ()) -> str:
+    """The one line about a mistake that one process finds before it trains; see `prefork` for how it is started."""
+    here = folder / f"refused-{uuid.uuid4().hex[:8]}"
+    here.mkdir(parents=True)
+    (here / "config.yaml").write_text(json.dumps(config))
+    streams = (here / "stdout", here / "stderr")
+    code = server().run(SCRIPT, ["--config", str(here / "config.yaml"), *options], here, streams)
+    out, err = (stream.read_text(errors="replace") for stream in streams)
+    return Result(code, out, err, Path(config.get("output", "runs")) / config.get("name", "run")).mistake()
+
+
 def read_events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The complete events of a run folder, or those of one kind."""
     path = folder / "metrics.jsonl"
@@ -241,7 +253,8 @@ def _launcher(ranks: int, port: int) -> list[str]:
     return [str(script), "--num_accelerators", str(ranks), "--master_port", str(port), "--log_level", "error"]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """What a command of a test finds: nothing of a launcher above pytest, and the CPU."""
     kept = {
         name: value
         for name, value in os.environ.items()

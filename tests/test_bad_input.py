@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from every import every
-from launching import Result, changed, read_events, run
+from launching import Result, changed, read_events, refused, run
 from safetensors.torch import load_file, save_file
 
 from fedmoe_ds.checkpoint import reader as checkpoint
@@ -98,7 +98,7 @@ CONFIGURATION = {
 def test_a_mistake_in_the_configuration(case: str, nano: dict[str, Any], tmp_path: Path) -> None:
     changes, overrides, parts = CONFIGURATION[case]
     config = changed(changed(nano, output=str(tmp_path)), **changes)
-    assert_names(run(config, tmp_path, options=overrides).mistake(), *parts)
+    assert_names(refused(config, tmp_path, overrides), *parts)
 
 
 def test_a_missing_configuration_file(tmp_path: Path) -> None:
@@ -114,11 +114,11 @@ def test_a_run_folder_is_not_used_twice_but_a_refused_start_does_not_use_it(
     finished: Result, nano: dict[str, Any], tmp_path: Path
 ) -> None:
     before = (finished.folder / "metrics.jsonl").read_bytes()
-    line = run(changed(nano, output=str(finished.folder.parent)), tmp_path).mistake()
+    line = refused(changed(nano, output=str(finished.folder.parent)), tmp_path)
     assert_names(line, "name: nano:", "already holds a run", "add --resume auto", "or set another name")
     assert (finished.folder / "metrics.jsonl").read_bytes() == before
     wrong = changed(nano, output=str(tmp_path), federation={"tiers": [{"top_k": 5, "share": 1.0}]})
-    assert_names(run(wrong, tmp_path).mistake(), "federation.tiers.0.top_k: 5:", "4 experts", "use 1 to 4")
+    assert_names(refused(wrong, tmp_path), "federation.tiers.0.top_k: 5:", "4 experts", "use 1 to 4")
     mended = changed(nano, output=str(tmp_path))
     assert run(mended, tmp_path).digest == finished.digest
 
@@ -161,7 +161,7 @@ DATA: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", DATA)
 def test_a_mistake_in_the_data(case: str, nano: dict[str, Any], tmp_path: Path) -> None:
     make, parts = DATA[case]
-    assert_names(run(changed(nano, output=str(tmp_path), data=make(tmp_path)), tmp_path).mistake(), *parts)
+    assert_names(refused(changed(nano, output=str(tmp_path), data=make(tmp_path)), tmp_path), *parts)
 
 
 def test_a_checkpoint_of_another_model_and_of_other_settings(
@@ -174,10 +174,10 @@ def test_a_checkpoint_of_another_model_and_of_other_settings(
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     kept = sorted(path.name for path in (tmp_path / "nano" / "checkpoints").iterdir())
     other = changed(nano, output=str(tmp_path), foundation={"path": str(tmp_path / "other")})
-    line = run(other, tmp_path, options=("--resume", "auto")).mistake()
+    line = refused(other, tmp_path, ("--resume", "auto"))
     assert_names(line, "--resume: foundation", "belongs to another model", "use the foundation of that run, or another name")
     other = changed(nano, output=str(tmp_path), local={"lr": 1e-3})
-    line = run(other, tmp_path, options=("--resume", "auto")).mistake()
+    line = refused(other, tmp_path, ("--resume", "auto"))
     assert_names(line, "--resume: local.lr: 0.001:", "written with 0.005", "set it back, or use another name")
     assert sorted(path.name for path in (tmp_path / "nano" / "checkpoints").iterdir()) == kept
     assert read_events(tmp_path / "nano") == read_events(finished.folder)

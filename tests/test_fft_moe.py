@@ -13,7 +13,7 @@ import torch
 from dense_inputs import DIGITS, EXPERTS, FAMILIES, TOP_K, TREE, WIDTH, dense_config, write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, make_config, run_alone, run_joined
-from launching import run
+from launching import refused, run
 from test_methods_resume import StopsAfter, start
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -380,6 +380,6 @@ def test_the_command_refuses_before_any_pre_training(tmp_path: Path, case: str) 
     tree["adapters"] = json.loads(json.dumps(TREE["adapters"]))
     tree["adapters"]["moe"].update(change.get("adapters", {}).get("moe", {}))
     tree["foundation"]["cache"] = str(tmp_path / "cache")
-    line = run(tree, tmp_path, ranks).mistake()
+    line = run(tree, tmp_path, ranks).mistake() if ranks else refused(tree, tmp_path)
     assert line.startswith(f"error: {expected}"), line
     assert not (tmp_path / "cache" / "foundations").exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from federations import alone, build, make_config, write_inputs
-from launching import changed, run
+from launching import changed, refused
 from pydantic import ValidationError
 
 from fedmoe_ds.errors import UserError
@@ -252,8 +252,7 @@ def test_the_command_says_so_before_it_loads_anything(nano: dict[str, Any], tmp_
         "foundation": {"path": str(tmp_path / "no-model")},
         "data": {"source": str(tmp_path / "no.jsonl")},
     }
-    result = run(changed(changed(nano, output=str(tmp_path), **nowhere), **change), tmp_path)
-    assert result.mistake().startswith(message)
+    assert refused(changed(changed(nano, output=str(tmp_path), **nowhere), **change), tmp_path).startswith(message)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_ONE_MEAN))
