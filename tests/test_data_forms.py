@@ -20,6 +20,7 @@ from fedmoe_ds.data.dealing import NOBODY
 from fedmoe_ds.data.forms import FORMS, Dealt
 from fedmoe_ds.data.forms.colours import in_any_colours, painted
 from fedmoe_ds.data.forms.degraded import degraded, severities
+from fedmoe_ds.data.forms.grey_and_colour import grey_and_colour, hues
 from fedmoe_ds.data.task import ImageInput
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.builtin.presets import PRESETS
@@ -28,6 +29,7 @@ FORM_KEYS = {key for key in DataFormConfig.model_fields if key != "kind"}
 OTHER: dict[str, list[dict[str, Any]]] = {
     "plain": [{}],
     "degraded": [{"kind": "degraded"}, {"blur": 2.0}, {"noise": 0.1}, {"skew": 0.9}],
+    "grey-and-colour": [{"kind": "grey-and-colour"}, {"spread": 0.1}],
 }
 """By kind: what each gives other data than the ones before it."""
 
@@ -106,6 +108,20 @@ def test_severities_have_a_clients_level(seed: int, skew: float, clients: int) -
         assert (own == own[0]).all()
     # A part of the images is formed as all of them are: no draw depends on what comes after.
     assert len(set(alike[given.client_N == NOBODY].tolist())) == np.count_nonzero(given.client_N == NOBODY)
+
+
+def test_two_views_share_the_class_and_nothing_else() -> None:
+    """The shape in white on black; a blank whose colour is that of the class, as near as the spread says."""
+    given = dealt(images=400)
+    for spread in (0.0, 0.2):
+        made = grey_and_colour(given, DataFormConfig(kind="grey-and-colour", spread=spread)).pixels_NCHW
+        grey, blank = made[:, :3], made[:, 3:]
+        assert every(np.array_equal(grey[:, channel], given.pixels_NCHW[:, 0]) for channel in range(3))
+        assert np.array_equal(blank, np.broadcast_to(blank[:, :, :1, :1], blank.shape)) and np.abs(blank).max() <= 1
+        away_N3 = blank[:, :, 0, 0] - hues()[given.labels_N]
+        assert np.abs(away_N3).max() == 0 if spread == 0 else 0.5 < float(away_N3[away_N3 != 0].std()) / spread < 1.1
+    apart = [np.abs(one - other).max() for place, one in enumerate(hues()) for other in hues()[:place]]
+    assert min(apart) > 0.5, "no two classes have one colour"
 
 
 def test_paint_goes_from_paper_to_ink() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from dense_inputs import write_dense
+from dense_inputs import DIGITS, write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
@@ -24,7 +24,7 @@ from reference_flux import ObservedFlux
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_objectives import ObservedFedFM, ObservedFLood, ObservedPRISM
+from reference_objectives import ObservedBMSFed, ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
@@ -55,9 +55,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
-ENSEMBLES = {"split-mix", "shefl"}
+VIEWED = {"bmsfed"}
+ENSEMBLES = {"split-mix", "shefl"} | VIEWED
 ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
 """What stands for `beside` where every adapter expert is a model of its own."""
+IMAGES: dict[str, Any] = {
+    "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
+    "federation": {"tiers": None},
+    "data": DIGITS | {"max_samples": 12, "form": {"kind": "grey-and-colour"}, "partition": {"kind": "iid", "clients": 4, "column": None}},
+}
+"""What stands for it where each reads a view of an image."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
@@ -83,6 +90,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
     "split-mix": ({}, Told(ObservedSplitMix, {}, "experts")),
     "shefl": ({"kappa": 1.5, "upload": 1.5}, Told(ObservedSplitMix, {"kappa": 1.5, "upload": "1.5"}, "experts")),
+    "bmsfed": ({"selection": "random", "alpha": 2.0}, Told(ObservedBMSFed, {"classes": 20}, "experts")),
     "flux": ({"samples": 1, "exploit": 0.5}, Told(ObservedFlux, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
@@ -167,12 +175,14 @@ class Case(NamedTuple):
         buys, budgets = ("rank", (4, 2, 1)) if plain else ("experts", (8, 3, 1))
         bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
         tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
+        images = IMAGES if self.method in VIEWED and self.adapters == "beside" else {}
         adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
         return [
             SMALL,
             {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
+            images,
         ]
 
 
@@ -211,7 +221,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_models(folder: Path) -> Path:
     """A dense model, and sparse ones with few and with many experts."""
-    write_dense(folder, ("llama",), SAMPLES)
+    write_dense(folder, ("llama", "vit-rgb"), SAMPLES)
     (folder / "many").mkdir()
     write_inputs(folder / "many", SAMPLES, **MODEL | {"num_experts": 32})
     write_inputs(folder, SAMPLES, **MODEL)
@@ -219,7 +229,8 @@ def write_models(folder: Path) -> Path:
 
 
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
-    model = "llama" if case.adapters in ("beside", "plain") else "model"
+    beside = "vit-rgb" if case.method in VIEWED else "llama"
+    model = {"beside": beside, "plain": "llama"}.get(case.adapters, "model")
     name = "-".join([*case, tag]).replace(" ", "-")
     return make_config(root, name, {"foundation": {"path": str(root / model)}}, *case.changes(), *changes)
 
@@ -277,8 +288,9 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all.
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe")])
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all,
+# and of two experts with a view each none is unused.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe", *VIEWED)])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"
