@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, TEXT),
     "olmo2": (Olmo2Config, TEXT),
     "vit": (ViTConfig, IMAGES),
+    "vit-rgb": (ViTConfig, IMAGES | {"num_channels": 3}),
 }
 
 TREE: dict[str, Any] = {
@@ -66,13 +67,13 @@ def write_dense(root: Path, families: tuple[str, ...] = ("llama", "vit"), sample
     for family in families:
         make, shape = FAMILIES[family]
         torch.manual_seed(0)
-        factory: Any = AutoModelForImageClassification if family == "vit" else AutoModelForCausalLM
+        factory: Any = AutoModelForImageClassification if family.startswith("vit") else AutoModelForCausalLM
         factory.from_config(make(**shape)).save_pretrained(root / family)
-        if family != "vit":
+        if not family.startswith("vit"):
             tokenizer.save_pretrained(root / family)
 
 
 def dense_config(root: Path, family: str, name: str, *changes: dict[str, Any]) -> Config:
     """FFT-MoE on one of the models, with nested changes, later ones over earlier ones."""
-    base = copy.deepcopy(TREE | ({"data": DIGITS} if family == "vit" else {}))  # later changes are merged into it
+    base = copy.deepcopy(TREE | ({"data": DIGITS} if family.startswith("vit") else {}))  # later changes are merged into it
     return make_config(root, f"{family}-{name}", base, {"foundation": {"path": str(root / family)}}, *changes)

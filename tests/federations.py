@@ -112,8 +112,10 @@ def build(config: Config, runtime: Runtime, topology: Topology) -> tuple[Parts, 
 
 
 def leave_out(parts: Parts, kept: dict[int, int]) -> None:
-    """Let all clients of a round but the first `kept` ones be absent, as after a start that ran out of memory on them."""
-    missing = [(index, c.index) for index, count in kept.items() for c in parts.participants(index)[count:]]
+    """Let all clients but the first `kept` ones of those drawn be absent, as after a start that ran out of memory on them."""
+    # Those who are not drawn, too: a method that plans may choose them.
+    there = {index: [client.index for client in parts.participants(index)[:count]] for index, count in kept.items()}
+    missing = [(index, client.index) for index in kept for client in parts.clients if client.index not in there[index]]
     settings = memory_settings(parts.config, parts.identity)
     key = parts.skipped.key
     parts.skipped = SkippedClients(parts.skipped.path.parent, settings, [json.dumps([key, *entry]) for entry in missing])

@@ -273,13 +273,24 @@ IMAGES: dict[str, dict[str, Any]] = {
     },
 }
 """On the ViT and the digits that come with it."""
+VIEWED: dict[str, dict[str, Any]] = {
+    "bmsfed": {
+        "method": {"name": "bmsfed", "threshold": 1.01},
+        "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
+        "federation": {"tiers": None},
+        "local": {"batch_size": 4, "weight_decay": 0.1},
+        "data": DIGITS | {"max_samples": 12, "form": {"kind": "grey-and-colour"}},
+    },
+}
+"""On a vision transformer that sees colours: images of several views, of which every one has a model of its own."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | GROUPED | RANKED else {}
-    dense = {"foundation": {"path": str(root / "vit")}} if variant in IMAGES else dense
+    model = "llama" if variant in PLAIN | BESIDE | GROUPED | RANKED else "vit" if variant in IMAGES else None
+    model = "vit-rgb" if variant in VIEWED else model
+    dense = {} if model is None else {"foundation": {"path": str(root / model)}}
     plain = ON_LLAMA if variant in PLAIN else {}
-    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | DEVICES)[variant]
+    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | VIEWED | DEVICES)[variant]
     return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, own, *changes)

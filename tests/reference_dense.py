@@ -97,7 +97,7 @@ class DenseReference:
     """The model in float64, and the global adapters; `used` counts what the last round routed, per layer and expert."""
 
     def __init__(self, folder: Path, settings: Settings, adapters: Adapters) -> None:
-        self.images = folder.name == "vit"
+        self.images = folder.name.startswith("vit")
         factory: Any = AutoModelForImageClassification if self.images else AutoModelForCausalLM
         self.model: Any = factory.from_pretrained(folder).double().eval().requires_grad_(False)
         self.settings, self.adapters = settings, adapters

@@ -35,7 +35,9 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k", planned: bool = T
         if config.method.name == "wireless-fl":  # as many as a plan may ask for
             steps = len(batches) * parts.spec.method.params.epochs
             batches = local_batches(replace(client, steps=steps), config.local, config.seed, round_index)
-        steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
+        # Of images a replay asks for the number of steps alone.
+        samples = list(zip(data.input_ids, data.loss_mask, strict=True)) or [(data.labels, data.labels)] * len(data)
+        steps = [[samples[i] for i in batch] for batch in batches]
         rank = client_rank(parts, client)
         found.append(
             Task(

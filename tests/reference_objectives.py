@@ -1,4 +1,4 @@
-"""Methods with an objective of their own at the model's output, in plain float64: FLood, PRISM and FedFM, target by target.
+"""Methods with an objective of their own at the model's output, in plain float64: FLood, PRISM, FedFM, BMSFed; by target.
 
 Keys are those of `reference_methods.py`, whose local training this is.
 """
@@ -154,6 +154,8 @@ class ObservedPRISM(PRISM):
 class FedFM(FedIT):
     """Options: matching, temperature, classes; anchors of the last local epoch."""
 
+    statistic = "anchors"
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.anchors: Adapters = {}
@@ -196,7 +198,7 @@ class FedFM(FedIT):
     def extras(self) -> dict[str, Adapters]:
         nothing, found = torch.zeros_like(next(iter(self.anchors.values()))), dict[str, Tensor]()
         for c in range(self.options["classes"]):
-            key = f"keys.{c}.anchors"
+            key = f"keys.{c}.{self.statistic}"
             found |= {key: self.anchors.get(key, nothing), f"{key}.known": torch.tensor([float(key in self.anchors)])}
         return super().extras() | {"statistics": found}
 
@@ -210,5 +212,12 @@ class ObservedFedFM(FedFM):
         observed = replay.updates[task.index].observed
         sums, counts = (torch.from_numpy(observed[name]) for name in ("features_per_class", "targets_per_class"))
         present = counts.nonzero().flatten().tolist()
-        self.notes = {"seen": {f"keys.{c}.anchors": (sums[c] / counts[c]).expand(int(counts[c]), -1) for c in present}}
+        self.notes = {"seen": {f"keys.{c}.{self.statistic}": (sums[c] / counts[c]).expand(int(counts[c]), -1) for c in present}}
         return result
+
+
+class ObservedBMSFed(ObservedFedFM):
+    """Clients that are drawn, with both modalities: prototypes by modality, experts as FedIT's, and routers as they were."""
+
+    frozen = ("router.weight",)
+    statistic = "prototypes"

@@ -20,6 +20,7 @@ from fedmoe_ds.data.dealing import NOBODY
 from fedmoe_ds.data.forms import FORMS, Dealt
 from fedmoe_ds.data.forms.colours import in_any_colours, painted
 from fedmoe_ds.data.forms.degraded import degraded, severities
+from fedmoe_ds.data.forms.grey_and_colour import grey_and_colour, hues
 from fedmoe_ds.data.forms.spurious_colour import inks, spurious_colour
 from fedmoe_ds.data.task import ImageInput
 from fedmoe_ds.errors import UserError
@@ -36,6 +37,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
         {"holdout_agreement": 0.5},
         {"tied_to": "class"},
     ],
+    "grey-and-colour": [{"kind": "grey-and-colour"}, {"spread": 0.1}],
 }
 """By kind: what each gives other data than the ones before it."""
 
@@ -136,6 +138,20 @@ def test_colours_agree_with_labels_as_often_as_the_environment_says(tied_to: str
     assert has.mean() > 0.9 and np.array_equal(agrees_N[has], made.scores_N[has] == 1.0)
     # Who does not agree has any other colour.
     assert len(set((colour_N - given.labels_N)[has & ~agrees_N] % count)) == count - 1
+
+
+def test_two_views_share_the_class_and_nothing_else() -> None:
+    """The shape in white on black; a blank whose colour is that of the class, as near as the spread says."""
+    given = dealt(images=400)
+    for spread in (0.0, 0.2):
+        made = grey_and_colour(given, DataFormConfig(kind="grey-and-colour", spread=spread)).pixels_NCHW
+        grey, blank = made[:, :3], made[:, 3:]
+        assert every(np.array_equal(grey[:, channel], given.pixels_NCHW[:, 0]) for channel in range(3))
+        assert np.array_equal(blank, np.broadcast_to(blank[:, :, :1, :1], blank.shape)) and np.abs(blank).max() <= 1
+        away_N3 = blank[:, :, 0, 0] - hues()[given.labels_N]
+        assert np.abs(away_N3).max() == 0 if spread == 0 else 0.5 < float(away_N3[away_N3 != 0].std()) / spread < 1.1
+    apart = [np.abs(one - other).max() for place, one in enumerate(hues()) for other in hues()[:place]]
+    assert min(apart) > 0.5, "no two classes have one colour"
 
 
 def test_paint_goes_from_paper_to_ink() -> None:

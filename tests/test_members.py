@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.client_work import ClientWork
+from fedmoe_ds.clients.client_work import ClientWork, asked_of
+from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.kernels.frozen_layers import FrozenLinear
 from fedmoe_ds.model import cross_entropy
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.batch import make_batch
+from fedmoe_ds.model.objective import Objective
 
 LAYERS = 2
 # Its routers are frozen: what members share would move otherwise beside others.
@@ -43,13 +46,13 @@ def members(*experts: list[int]) -> np.ndarray:
 
 
 class Run:
-    """A run in which every client, and every tier in evaluation, has these members."""
+    """A run in which every client, and every tier in evaluation, has these members, in one pass or apart."""
 
-    def __init__(self, root: Path, name: str, local: dict[str, Any], *experts: list[int]) -> None:
+    def __init__(self, root: Path, name: str, local: dict[str, Any], *experts: list[int], fused: bool = False) -> None:
         parts, journal = build(dense_config(root, "llama", name, OWN, QUICK, {"local": local}), *alone())
         told, method = members(*experts), parts.spec.method
         assign = method.assign
-        method.assign = lambda client, context: replace(assign(client, context), members_MLE=told)  # type: ignore[method-assign]
+        method.assign = lambda client, context: replace(assign(client, context), members_MLE=told, fused=fused)  # type: ignore[method-assign]
         self.parts: Parts = parts
         self.result: Result = finish(parts, journal)
 
@@ -89,6 +92,17 @@ def test_members_train_as_clients_of_one_model_each(root: Path, together: dict[s
     for expert in range(EXPERTS):
         same = [value.tobytes() == start[key].tobytes() for key, value in together[name].of(expert).items()]
         assert not any(same) if expert in (0, 3, 5, 6) else all(same), "what is of no member keeps its bits, decay or not"
+
+
+def test_fused_members_train_as_those_apart(root: Path, together: dict[str, Run]) -> None:
+    """With no objective to see them together: the same losses, added up in another order."""
+    fused = Run(root, "fused", LOCAL["sgd"], *THREE, fused=True)
+    for key, value in fused.result.adapters.items():
+        assert np.allclose(value, together["sgd"].result.adapters[key], rtol=1e-4, atol=1e-6), key
+    assert fused.loss == pytest.approx(together["sgd"].loss, rel=1e-5)
+    ours, theirs = ([e for e in run.result.events if e["event"] == "client"] for run in (fused, together["sgd"]))
+    same = ("tokens", "targets", "experts_held", "steps", "flops")
+    assert [[one[key] for key in same] for one in ours] == [[one[key] for key in same] for one in theirs]
 
 
 def test_rows_count_for_every_member(root: Path, together: dict[str, Run]) -> None:
@@ -165,8 +179,31 @@ def test_a_step_has_all_passes_of_one_member_after_the_other() -> None:
     assert work.micro_batches(0) == 4 and work.micro_batches(1) == 0 and work.largest_pass(0) == 3
     found = [(work.chosen(0, micro)[0].tolist(), work.size(0, micro)) for micro in range(4)]
     assert found == [([0, 1, 2], 3), ([3, 4], 2)] * 2
-    own = [np.flatnonzero(mask_LE[0]).tolist() for micro in range(4) if (mask_LE := work.allowed(0, micro)) is not None]
-    assert own == [[1], [1], [4], [4]]
+    work.data = Sequences([np.arange(4)] * 9, [np.arange(4) > 0] * 9)
+    masks = [mask_LE for micro in range(4) for mask_LE in work.rows(0, micro, None).masks if mask_LE is not None]
+    assert [np.flatnonzero(mask_LE[0]).tolist() for mask_LE in masks] == [[1], [1], [4], [4]]
+
+
+def test_fused_members_share_a_pass() -> None:
+    """Their rows lie one member after the other; of two views each reads its own."""
+    told = Assignment(1, members_MLE=members([1], [4]), fused=True, views=(1, 0))
+    pixels_NCHW = np.arange(5 * 4 * 4, dtype=np.float32).reshape(5, 4, 2, 2)
+    data, images = Sequences.of_images(pixels_NCHW, np.arange(5)), ImageInput(2, 2, 2, 10, 5)
+    work = ClientWork(Client(3, "c", 1, 5, 5, 5), 0, 0, told, [np.array([4, 2, 0])], [[0, 2, 3]], [[2, 1]], 1, 0.1, data)
+    assert work.micro_batches(0) == 2 and work.step_sums(0, images) == (3, 15)
+    first, last = (work.rows(0, micro, images) for micro in range(2))
+    assert first.labels is not None and first.labels.tolist() == [4, 2, 4, 2] and len(last) == 2
+    assert first.pixels is not None and np.array_equal(
+        first.pixels, np.stack([*pixels_NCHW[[4, 2], 2:], *pixels_NCHW[[4, 2], :2]])
+    )
+    batch = make_batch([first, last], torch.device("cpu"), images)
+    assert batch.masks is not None and batch.targets == [4, 2]
+    # Positions are five per image: two images of either member of the first client, one of either of the second.
+    expected = [1] * 10 + [4] * 10 + [1] * 5 + [4] * 5
+    assert batch.masks.rows(0).int().argmax(1).tolist() == expected and batch.masks.rows(1).sum(1).tolist() == [1] * 30
+    assert [(demand.rows, demand.allowed) for demand in batch.masks.demands(0, batch.demands)] == [(10, 1)] * 2 + [(5, 1)] * 2
+    asked = asked_of([work], [first], (0, 0), [3], {0: Objective()})
+    assert asked is not None and asked[0].sample_N.tolist() == [4, 2, 4, 2]
 
 
 def test_what_is_of_no_member_is_not_trained() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from dense_inputs import write_dense
+from dense_inputs import DIGITS, write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from read_me_inputs import CONVERT
@@ -27,7 +27,7 @@ from reference_games import FLGames
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_objectives import ObservedFedFM, ObservedFLood, ObservedPRISM
+from reference_objectives import ObservedBMSFed, ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_raffm import RaFFM
 from reference_read_me import ReadMe as ObservedReadMe
@@ -60,7 +60,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
-ENSEMBLES = {"split-mix", "shefl"}
+VIEWED = {"bmsfed"}
+ENSEMBLES = {"split-mix", "shefl"} | VIEWED
 RANKS: dict[str, Any] = {
     "attention": ["q_proj"],
     "moe": {"experts": 8, "width": 1, "top_k": 4, "linear": True, "shared": 2, "zero": 3},
@@ -79,6 +80,13 @@ GAME: dict[str, Any] = {
     "local": {"clip": None},
 }
 """Of a game of all clients' heads."""
+IMAGES: dict[str, Any] = {
+    "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
+    "federation": {"tiers": None},
+    "data": DIGITS
+    | {"max_samples": 12, "form": {"kind": "grey-and-colour"}, "partition": {"kind": "iid", "clients": 4, "column": None}},
+}
+"""What stands for it where each reads a view of an image."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
@@ -104,6 +112,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
     "split-mix": ({}, Told(ObservedSplitMix, {}, "experts")),
     "shefl": ({"kappa": 1.5, "upload": 1.5}, Told(ObservedSplitMix, {"kappa": 1.5, "upload": "1.5"}, "experts")),
+    "bmsfed": ({"selection": "random", "alpha": 2.0}, Told(ObservedBMSFed, {"classes": 20}, "experts")),
     "flux": ({"samples": 1, "exploit": 0.5}, Told(ObservedFlux, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
@@ -201,6 +210,7 @@ class Case(NamedTuple):
         adapters = own_beside.get(self.method, ADAPTERS[self.adapters])
         grouped = self.method in GROUPED and self.adapters == "full"
         adapters = GROUPS if grouped else adapters
+        images = IMAGES if self.method in VIEWED and self.adapters == "beside" else {}
         return [
             SMALL,
             {"foundation": {"convert": {"experts": 4}}} if grouped else {},
@@ -208,6 +218,7 @@ class Case(NamedTuple):
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
             GAME if self.method == "fl-games" else {},
+            images,
         ]
 
 
@@ -246,7 +257,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_models(folder: Path) -> Path:
     """A dense model, and sparse ones with few and with many experts."""
-    write_dense(folder, ("llama",), SAMPLES)
+    write_dense(folder, ("llama", "vit-rgb"), SAMPLES)
     (folder / "many").mkdir()
     write_inputs(folder / "many", SAMPLES, **MODEL | {"num_experts": 32})
     write_inputs(folder, SAMPLES, **MODEL)
@@ -256,6 +267,7 @@ def write_models(folder: Path) -> Path:
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
     made = {"read-me": {"convert": CONVERT}}.get(case.method, {})
     model = "llama" if made or case.adapters in ("beside", "plain") or case.method in GROUPED else "model"
+    model = "vit-rgb" if case.method in VIEWED and case.adapters == "beside" else model
     foundation = {"path": str(root / model), **made}
     name = "-".join([*case, tag]).replace(" ", "-")
     return make_config(root, name, {"foundation": foundation}, *case.changes(), *changes)
@@ -315,9 +327,10 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
 
 
 # Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all;
-# groups of channels are used by every row of those who hold them. Read-ME's tokens have one expert each (`test_read_me.py`).
+# groups of channels are used by every row of those who hold them. Read-ME's tokens have one expert each (`test_read_me.py`),
+# and of two experts with a view each none is unused.
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "read-me", "ub-smoe")]
+    "method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "read-me", "ub-smoe", *VIEWED)]
 )
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""

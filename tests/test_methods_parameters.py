@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,16 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mor", {"balance": "none"}, {"alpha": 0.5}),
     ("fedmox", {}, {"threshold": 0.5}),
     ("fedmox", {}, {"weight": 1.0}),
+    ("bmsfed", {}, {"alpha": 3.0}),
+    ("bmsfed", {}, {"threshold": math.inf}),
+    ("bmsfed", {}, {"selection": "random"}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
 LONGER: dict[str, tuple[int, dict[str, Any]]] = {
     "flux": (3, {"federation": {"tiers": [{"experts": 3, "share": 1.0}, {"experts": 2, "share": 1.0}]}}),
     "fed-moe": (4, {"local": {"lr": 1e-4}}),
+    "bmsfed": (4, {"federation": {"participation": 0.5}}),
     "flex-moe": (4, {"federation": {"tiers": [{"experts": 6, "share": 1.0}, {"experts": 5, "share": 1.0}]}}),
 }
 """Methods that need more than two rounds: so slow that losses stall in them, or with other tiers."""

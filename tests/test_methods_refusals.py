@@ -20,8 +20,14 @@ PAIRS = UNEQUAL | {"fedex-lora", "fedrot-lora", "lora-fair", "ffa-lora", "fedsa-
 COLLECTING = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"}
 NO_MEAN = COLLECTING | {"local-only", "centralised"}
 NO_CONTROL = COLLECTING | {"centralised"}
-ENSEMBLES = {"split-mix", "shefl"}
+BASES = {"split-mix", "shefl"}
 MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
+VIEWS: dict[str, Any] = {
+    "adapters": {"attention": [], "moe": {"experts": 2, "top_k": 1}},
+    "execution": {"micro_batch_size": None},
+    "data": {"source": "digits", "template": "text", "form": {"kind": "grey-and-colour"}, "partition": {"column": None}},
+    "federation": {"tiers": None},
+}
 
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
@@ -32,8 +38,9 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
         MOE,
         {"adapters": {"moe": {"linear": True}}, "method": {"balance": "switch"}, "execution": {"micro_batch_size": None}},
     ],
-    **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
+    **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(BASES)},
     "raffm": [{"foundation": {"convert": {"experts": 4}}}],
+    "bmsfed": [VIEWS],
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
@@ -115,7 +122,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.moe: method read-me trains experts that are made of the model's own channels; drop the section",
     ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "mor", "flood", "fed-moe", "flex-moe"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "mor", "flood", "fed-moe", "flex-moe", "bmsfed"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),
@@ -150,28 +157,28 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "foundation.dtype: bfloat16: method {} adds small products to the frozen weights in every round",
     ),
     "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
-    "no base models": (ENSEMBLES, {"adapters": {"moe": None}}, "adapters.moe: null: the base models of "),
+    "no base models": (BASES, {"adapters": {"moe": None}}, "adapters.moe: null: the base models of "),
     "base models that meet": (
-        ENSEMBLES,
+        BASES,
         {"adapters": {"moe": {"experts": 8, "top_k": 2}}},
         "adapters.moe.top_k: 2: a base model of ",
     ),
     "base models that share": (
-        ENSEMBLES,
+        BASES,
         {"adapters": {"feed_forward": ["up_proj"]}},
         "adapters.feed_forward: ['up_proj']: all base models of ",
     ),
     "attention that base models share": (
-        ENSEMBLES,
+        BASES,
         {"adapters": {"attention": ["q_proj"]}},
         "adapters.attention: ['q_proj']: all base models of ",
     ),
     "balance of one expert": (
-        ENSEMBLES,
+        BASES,
         {"local": {"balance_loss": 0.1}, "execution": {"micro_batch_size": None}},
         "local.balance_loss: 0.1: a base model of ",
     ),
-    "logits of a frozen router": (ENSEMBLES, {"local": {"z_loss": 0.1}}, "local.z_loss: 0.1: a base model of "),
+    "logits of a frozen router": (BASES, {"local": {"z_loss": 0.1}}, "local.z_loss: 0.1: a base model of "),
     "control variates of what is not sent": (
         {"shefl"},
         {"local": {"drift": "scaffold", "optimizer": "sgd"}, "method": {"density": 0.5}},

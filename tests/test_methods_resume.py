@@ -33,7 +33,7 @@ PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
 SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
 SPARSE += ["fednova", "ewwa-fl", "cc-fao", "fedvra-rows", "fedex-lora", "embracing-fl", "fedfm"]
 PLANNED = ["fed-moe", "flex-moe", "ota-ffl", "wireless-fl", "ub-smoe", "shefl", "prism", "flux", "raffm-random", "read-me"]
-PLANNED += ["scaffold-public", "fedmox", "fl-games"]
+PLANNED += ["scaffold-public", "fedmox", "fl-games", "bmsfed"]
 STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold", "fedbe"]
 TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE + PLANNED else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
@@ -70,7 +70,7 @@ def start(config: Config, runtime: Runtime, topology: Topology, resume: str) -> 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_dense(folder, ("llama", "vit"))
+    write_dense(folder, ("llama", "vit", "vit-rgb"))
     return folder
 
 

@@ -56,6 +56,9 @@ class Assignment:
         members_MLE: bool, the experts of each of the models that it trains side by side, in the place of `allowed_LE`; none has
             an expert of another. A step has passes of its own for every member, and their losses are added; an evaluation
             averages their logits. None: one model.
+        fused: whether the passes of its members are one: their rows lie one member after the other, and its objective sees the
+            logits of all of them.
+        views: which view of its images each member reads, where the data have several; None: the whole image.
         density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
         probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
             own, the gradient of the first step is looked at; None: no probe.
@@ -76,6 +79,8 @@ class Assignment:
     delay: int | None = None
     pseudo: PseudoGradient | None = None
     members_MLE: np.ndarray | None = None
+    fused: bool = False
+    views: tuple[int, ...] | None = None
     density: float | Fraction | None = None
     probe: tuple[np.ndarray, ...] | None = None
     settle: Callable[[NDArray[np.float64]], NDArray[np.bool_]] | None = None
@@ -92,6 +97,10 @@ class Assignment:
     def allowed_by(self, member: int) -> np.ndarray | None:
         """Bool [L, E], the experts that a member's rows may be routed to, or None for all."""
         return self.allowed_LE if self.members_MLE is None else self.members_MLE[member]
+
+    def view_of(self, member: int) -> int | None:
+        """The view that a member reads, or None for the whole image."""
+        return None if self.views is None else self.views[member]
 
     @property
     def held_LE(self) -> np.ndarray | None:

@@ -30,7 +30,7 @@ class ClientWork:
         home, slot: its home rank in the cluster, and its home slot there.
         batches: indices of the sequences of every step.
         bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`). A client with members
-            takes all of them for one member after the other.
+            takes all of them for one member after the other, unless these share their passes.
         sizes: of the passes of every step, in sequences (`pass_sizes`), of one member.
         round_index, lr: of the round: its number, and its peak learning rate.
         data: on its home rank only.
@@ -67,7 +67,8 @@ class ClientWork:
 
     def micro_batches(self, step: int) -> int:
         """Passes of a step, of all members."""
-        return self.assignment.models * (len(self.bounds[step]) - 1) if step < len(self.batches) else 0
+        members = 1 if self.assignment.fused else self.assignment.models
+        return members * (len(self.bounds[step]) - 1) if step < len(self.batches) else 0
 
     def largest_pass(self, step: int) -> int:
         """Sequences of a step's largest pass."""
@@ -82,8 +83,12 @@ class ClientWork:
     def rows(self, step: int, micro: int, images: ImageInput | None) -> Rows:
         """Its token rows in one pass of a step."""
         assert self.data is not None
-        chosen, address = self.chosen(step, micro)
-        return Rows.of(self.slot, self.assignment.cap, self.data, chosen, self.allowed(step, micro), images, address)
+        own, (chosen, address), (member, _) = self.assignment, self.chosen(step, micro), self._member(step, micro)
+        parts = [
+            Rows.of(self.slot, own.cap, self.data, chosen, own.allowed_by(one), images, address, own.view_of(one))
+            for one in (range(own.models) if own.fused else [member])
+        ]
+        return Rows.fused(parts) if own.fused else parts[0]
 
     def step_sums(self, step: int, images: ImageInput | None) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
@@ -96,13 +101,8 @@ class ClientWork:
         _, place = self._member(step, micro)
         return self.sizes[step][place]
 
-    def allowed(self, step: int, micro: int) -> np.ndarray | None:
-        """Bool [L, E], the experts that its rows may be routed to in one pass of a step, or None for all."""
-        member, _ = self._member(step, micro)
-        return self.assignment.allowed_by(member)
-
     def _member(self, step: int, micro: int) -> tuple[int, int]:
-        """Whose pass it is, and which one of its passes."""
+        """Whose pass it is, and which one of its passes; of members that share it, the first one's."""
         return divmod(micro, len(self.bounds[step]) - 1)
 
     def observe(self, observed: dict[int, dict[int, dict[str, Tensor]]], layers: list[int], names: tuple[str, ...]) -> None:
@@ -147,7 +147,7 @@ def asked_of(
     found = []
     for work, part, count in zip(works, rows, targets, strict=True):
         chosen, _ = work.chosen(*place)
-        sample_N = np.repeat(chosen, part.targets_of_samples)
+        sample_N = np.repeat(np.tile(chosen, len(part.masks)), part.targets_of_samples)
         step, taught_N = work.local_step(place[0], count), work.taught.get(place)
         found.append(Asked(objectives.get(work.slot, Objective()), sample_N, step, taught_N))
     return found

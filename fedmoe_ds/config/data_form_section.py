@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedmoe_ds.config.section import Section
 
-Kind = Literal["plain", "degraded", "low-resolution", "spurious-colour"]
+Kind = Literal["plain", "degraded", "low-resolution", "spurious-colour", "grey-and-colour"]
 
 # Whatever is not here belongs to another kind, and would have no effect.
 _KEYS: dict[Kind, tuple[str, ...]] = {
@@ -16,6 +16,7 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
     "degraded": ("blur", "noise", "skew"),
     "low-resolution": (),
     "spurious-colour": ("agreement", "holdout_agreement", "tied_to"),
+    "grey-and-colour": ("spread",),
 }
 assert tuple(_KEYS) == get_args(Kind)
 
@@ -27,12 +28,15 @@ class DataFormConfig(Section):
         "plain",
         description="'plain': as they are; 'degraded': blurred and noisy by a drawn severity; 'low-resolution': 2x2 blocks "
         "at their mean, but for the public split; 'spurious-colour': in an ink that agrees with the label for most of them, "
-        "and misleads in the global hold-out",
+        "and misleads in the global hold-out; 'grey-and-colour': two views, the digit and a blank in a colour of its class",
     )
     blur: float = Field(1.0, ge=0, description="degraded: standard deviation of the blur at severity 1, in pixels")
     noise: float = Field(0.5, ge=0, description="degraded: standard deviation of the noise at severity 1; ink is 1, paper -1")
     skew: float = Field(0.5, ge=0, le=1, description="degraded: share of a severity that all images of a client have alike")
 
+    spread: float = Field(
+        0.3, ge=0, description="grey-and-colour: standard deviation of a blank's red, green and blue about those of its class"
+    )
     agreement: list[float] = Field(
         [0.9, 0.8],
         min_length=1,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
-from fedmoe_ds.data.forms import formed_shape
+from fedmoe_ds.data.forms import seen_shape
 from fedmoe_ds.data.forms.colours import CHANNELS
 from fedmoe_ds.data.forms.form import Shape
 from fedmoe_ds.data.mnist import IMAGE_SETS, ImageSet
@@ -73,7 +73,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
         )
     _refuse_text_settings(config)
     given = IMAGE_SETS[str(config.source)]
-    shape = formed_shape(config.form, given.shape)
+    shape = seen_shape(config.form, given.shape)
     if images is not None and (images.shape, images.classes) != (shape, given.classes):
         raise UserError(
             f"{source}: images [channels, height, width] {list(shape)} in {given.classes} classes, and the "

@@ -110,7 +110,7 @@ class Evaluator(ReceivedModel):
         self.config, self.shares_passes = spec.config.evaluation, spec.shares_passes
         # Not the slots that this rank really has: idle clusters have none, and ranks cut alike.
         self.together = most_together(spec.config, ClientSlots(in_flight, model.execution.pool.ep_size).most)
-        self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
+        self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime, spec.method.views)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:
         """Rows for every tier, or those named: split `global`, and with `per_client` also `client` (one each) and `clients` (of

@@ -43,7 +43,9 @@ class ReceivedModel:
         # A tier's model is nobody's own: what is known of one of its clients says nothing about it.
         known = personal.memories.get(member.index, {}) if self.method.personal_models and own and not plain else {}
         how = self.method.assign(member, RoundContext(0, dense, memory=known))
-        return how if not plain else replace(how, rows_R=None, rescale=None, allowed_LE=None, members_MLE=None)
+        # The foundation reads every view that its members do: with adapters that add nothing they are it.
+        members_MLE = None if how.views is None else how.members_MLE
+        return how if not plain else replace(how, rows_R=None, rescale=None, allowed_LE=None, members_MLE=members_MLE)
 
     def load_mean(self, members: Sequence[Client], personal: Personal, plain: bool = False) -> None:
         """Set the bank's personal blocks to their mean over clients. Collective, as are `load_own` and `assigned`."""
@@ -86,10 +88,10 @@ class ReceivedModel:
     def run_pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
         """One pass over samples in parts, inside `receiving`; without any, the stand-in row that takes part in the
         all-to-alls. Where the assignment has members, one pass for each of them, and the mean of their logits."""
-        images = self.model.foundation.images
         # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
-        batches = [
-            self.model.batch([Rows.of(0, how.cap, part, range(len(part)), how.allowed_by(member), images) for part in parts])
-            for member in range(how.models)
-        ]
+        batches = [self.model.batch([self._rows(part, how, member) for part in parts]) for member in range(how.models)]
         return self.model.ensemble(batches, 0, None if how.rescale is None else [how.rescale])
+
+    def _rows(self, part: Sequences, how: Assignment, member: int) -> Rows:
+        images, view = self.model.foundation.images, how.view_of(member)
+        return Rows.of(0, how.cap, part, range(len(part)), how.allowed_by(member), images, view=view)

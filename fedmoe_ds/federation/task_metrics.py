@@ -9,6 +9,8 @@ nothing is generated. No normalisation comes in: an answer in other letters, or 
 after the prompt, the sum over its tokens, end-of-text included: `acc` of lm-evaluation-harness, which leaves that token out.
 Each candidate is a pass over the batch; of equal ones the first in order counts.
 
+`view_0`, `view_1`: where models of one client read a view of an image each, that model alone names the class.
+
 Legend: N targets of a pass, B its samples, C candidates, M metrics.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,15 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.model.cross_entropy import mean_logits
 from fedmoe_ds.model.forward import PassResult
 
 Forward = Callable[[list[Sequences]], PassResult]
 """One pass over samples in parts; every rank of a cluster calls it as often, with no part where it has none."""
+
+
+VIEW = "view_"
+"""Before the number of a view."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,12 @@ class TaskMetrics:
     candidates: Sequence[tuple[int, ...]] = ()
 
     @classmethod
-    def of(cls, config: EvaluationConfig, foundation: Foundation, data: AnswerData, runtime: Runtime) -> TaskMetrics:
+    def of(
+        cls, config: EvaluationConfig, foundation: Foundation, data: AnswerData, runtime: Runtime, views: int = 1
+    ) -> TaskMetrics:
         """Collective. Raises UserError, the same on every rank, where the data do not have what a metric needs."""
         if answer_key(config) is None:
-            return cls([])
+            return cls([f"{VIEW}{place}" for place in range(views)] if views > 1 else [])
         # Rank 0 alone reads the answers of all clients.
         longest = longest_sequence(foundation.model.config)
         candidates = runtime.run_on_rank0(lambda: candidates_of(config, foundation.tokenizer, data, longest))
@@ -66,6 +76,7 @@ class TaskMetrics:
             result: of the pass.
         """
         ways = {"exact_match": self._exact, "ranked_choice": self._ranked}
+        ways |= {f"{VIEW}{place}": partial(_by_view, place) for place in range(len(result.members))}
         return [ways[name](parts, result, forward) for name in self.names]
 
     def _exact(self, parts: list[Sequences], result: PassResult, forward: Forward) -> list[bool]:
@@ -91,6 +102,13 @@ class TaskMetrics:
         # argmin takes the first of equal ones.
         best_B = np.array(nll_CB).argmin(0) if answers else []
         return [self.candidates[best] == tokens for best, tokens in zip(best_B, answers, strict=True)]
+
+
+def _by_view(place: int, parts: list[Sequences], result: PassResult, forward: Forward) -> list[bool]:
+    """Samples whose class the model of one view names."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    named_N = mean_logits(result.head, [result.members[place]]).argmax(-1).cpu().numpy()
+    return (named_N == np.concatenate(labels)).tolist() if labels else []
 
 
 def candidates_of(config: EvaluationConfig, tokenizer: Any, data: AnswerData, longest: int | None) -> list[tuple[int, ...]]:

@@ -12,6 +12,8 @@ from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
+from fedmoe_ds.clients.facility_location import Facilities
+from fedmoe_ds.clients.fingerprint import Projection
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
@@ -25,6 +27,7 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
+from fedmoe_ds.methods.own_experts import check_own_experts, without_routers
 from fedmoe_ds.methods.presence import present
 from fedmoe_ds.methods.product_norms import product_norms
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
@@ -59,6 +62,7 @@ __all__ = [
     "ClientView",
     "Combined",
     "Config",
+    "Facilities",
     "FactorPair",
     "Load",
     "LocalStep",
@@ -71,6 +75,7 @@ __all__ = [
     "Objective",
     "PlanContext",
     "Predictions",
+    "Projection",
     "PseudoGradient",
     "RoundContext",
     "RoundPlan",
@@ -89,6 +94,7 @@ __all__ = [
     "balance_loss",
     "balanced",
     "best",
+    "check_own_experts",
     "class_means",
     "class_shapes",
     "class_sums",
@@ -116,4 +122,5 @@ __all__ = [
     "upload",
     "watts",
     "with_defaults",
+    "without_routers",
 ]

@@ -103,6 +103,8 @@ class Method:
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         ensembles: whether a client trains as many models side by side as its budget has experts (`Assignment.members_MLE`).
+        fuses: whether the passes of these models are one (`Assignment.fused`).
+        views: how many views of an image its models read, one each (`Assignment.views`); data must have as many.
         held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
         candidates: of a method whose blocks have a `ROUTER_BIAS`: so many experts that a row's router likes best get the bias
             on their logits, and the row chooses among them; at least the model's top-k.
@@ -140,6 +142,8 @@ class Method:
     averages: ClassVar[bool] = True
     accounts: ClassVar[bool] = False
     ensembles: ClassVar[bool] = False
+    fuses: ClassVar[bool] = False
+    views: ClassVar[int] = 1
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
@@ -250,7 +254,7 @@ class Method:
     # After local training
 
     def measure(self, view: ClientView) -> dict[str, Tensor]:
-        """Named float64 [L, E] numbers about expert blocks, and [L] about dense ones, from the tensors in `view`."""
+        """Named float64 numbers [L, E] or [L, E, ...] about expert blocks, and [L] about dense ones, from the tensors in `view`."""
         return {}
 
     def remember(self, update: ClientUpdate) -> dict[str, Tensor]:

@@ -30,6 +30,9 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield "accounts: its plans say what clients spend; override `plan`"
     if method.ensembles and method.spends != "experts":
         yield f"ensembles: budgets are models, an expert each, and here they buy {method.spends}; set spends to experts"
+    for name, asked in (("fuses", method.fuses), ("views", method.views > 1)):
+        if asked and not method.ensembles:
+            yield f"{name}: of the models that a client trains side by side; set ensembles = True, or drop it"
     yield from _of_weights(method)
 
 

@@ -49,13 +49,13 @@ variables where the adapters' coordinates or weights change every round, dual va
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`, `raffm`; `fed-moe` with trained routers), `fl-games`
 with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides,
 unequal ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense
-model, `fft-moe`, `mor`, `split-mix` and `shefl` on a sparse one, the last two with LoRA, more than one active expert, or
-shared or zero ones, `mor` where samples have no score, `raffm`
+model, `fft-moe`, `mor`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with LoRA, more than one active expert, or
+shared or zero ones, `bmsfed` without images of two views (`data.form`) and all others with them, `mor` where samples have no score, `raffm`
 without `foundation.convert`, what needs a router on groups of channels, `fed-moe`, `flux` and `ub-smoe` where experts are not
-trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix` and `shefl`
+trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix`, `shefl` and `bmsfed`
 with `local.balance_loss`, `read-me` where routers are in the layers, and where one runs before them every other method with
 a trained router, an auxiliary loss of it or a bias on it, control or dual variables where clients of `shefl` send a part of their changes, micro-batches with
-`hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or `local.balance_loss`. Which methods take
+`hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or `local.balance_loss`. Which methods take
 which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
@@ -63,7 +63,7 @@ participants of a round on every rank that holds the adapter; `fedsa-lora`, `loc
 `fl-games` (its head, and `buffer` more), `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was
 trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
+client's whole step, `bmsfed` those of both modalities; `bmsfed` keeps 130 numbers of every client on every rank; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
 `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
 experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:

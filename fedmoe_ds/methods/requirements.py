@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
-from fedmoe_ds.data.forms import has_scores
+from fedmoe_ds.data.forms import FORMS, has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
 from fedmoe_ds.methods.client_drift import DUAL
@@ -51,6 +51,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             "use degraded, with a set of images"
         )
     _check_public(method, name, config)
+    _check_views(method, name, config)
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)
@@ -79,6 +80,21 @@ def _check_public(method: Method, name: str, config: Config) -> None:
         raise UserError(
             f"server.training: method {name} has no one model of all clients that the server could train; drop the section"
         )
+
+
+def _check_views(method: Method, name: str, config: Config) -> None:
+    """Every model of a client reads a view, and every view has a model that reads it."""
+    kind, views = config.data.form.kind, FORMS[config.data.form.kind].views
+    if views != method.views:
+        fitting = " or ".join(other for other, form in FORMS.items() if form.views == method.views)
+        raise UserError(
+            f"data.form.kind: {kind}: images have {_views(views)}, and the models of method {name} read {_views(method.views)}; "
+            f"use {fitting}"
+        )
+
+
+def _views(count: int) -> str:
+    return "1 view" if count == 1 else f"{count} views"
 
 
 def _check_dual_variables(method: Method, name: str, config: Config) -> None:

@@ -42,7 +42,6 @@ import numpy as np
 from pydantic import Field
 
 from fedmoe_ds.methods import (
-    ROUTER,
     Assignment,
     BlockSpec,
     Client,
@@ -55,7 +54,9 @@ from fedmoe_ds.methods import (
     RoundContext,
     RoundPlan,
     UserError,
+    check_own_experts,
     generator,
+    without_routers,
 )
 
 
@@ -85,37 +86,10 @@ class SplitMix(Method):
     ensembles = True
 
     def check_config(self, config: Config) -> None:
-        adapters, name = config.adapters, self.info.title
-        if adapters.moe is None:
-            raise UserError(
-                f"adapters.moe: null: the base models of {name} are adapter experts beside a dense foundation; add the "
-                "section, for instance adapters.moe={experts: 8, top_k: 1}"
-            )
-        if adapters.moe.top_k != 1:
-            raise UserError(
-                f"adapters.moe.top_k: {adapters.moe.top_k}: a base model of {name} uses its own expert alone; use 1, and "
-                "federation.tiers.N.experts for how many bases a client trains"
-            )
-        if adapters.moe.zero or adapters.moe.router_input == "sample":
-            key = "zero" if adapters.moe.zero else "router_input"
-            raise UserError(
-                f"adapters.moe.{key}: {getattr(adapters.moe, key)}: a base model of {name} uses its own expert alone, and its "
-                "router decides nothing; drop the key"
-            )
-        common = {"attention": adapters.attention, "feed_forward": adapters.feed_forward, "moe.shared": adapters.moe.shared}
-        for key, shared in common.items():
-            if shared:
-                raise UserError(
-                    f"adapters.{key}: {shared}: all base models of {name} would train them together and be no models of "
-                    f"their own; use {0 if key == 'moe.shared' else []}"
-                )
-        for key, loss in (("balance_loss", config.local.balance_loss), ("z_loss", config.local.z_loss)):
-            if loss > 0:
-                raise UserError(f"local.{key}: {loss}: a base model of {name} has one expert and no router to train; use 0")
+        check_own_experts(config, self.info.title, "base model")
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
-        # Of one expert the gate is one, whatever the router says: its gradient is rounding noise, which AdamW would scale up.
-        return [replace(spec, trained=False) if spec.name == ROUTER else spec for spec in specs]
+        return without_routers(specs)
 
     # Which bases
 

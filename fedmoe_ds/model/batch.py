@@ -6,8 +6,9 @@ them, C channels, H height, W width, N targets, L layers with experts, E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ class Rows:
     """Sequences, or images, of one client in a pass.
 
     Of `input_ids`/`loss_mask` and `pixels`/`labels`, one pair is in use. `positions` is what the blocks see per image.
+    `members`: where several models of the client share the pass, the experts of each; its sequences, equally many, lie one
+    member after the other, and `allowed_LE` is None.
     """
 
     slot: int
@@ -42,6 +45,7 @@ class Rows:
     positions: int = 1
     drawn_at: Address | None = None  # where dropout draws; None outside training
     scores: np.ndarray | None = None  # float32 [B], of images whose form knows one
+    members: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def of(
@@ -53,16 +57,36 @@ class Rows:
         allowed_LE: np.ndarray | None = None,
         images: ImageInput | None = None,
         drawn_at: Address | None = None,
+        view: int | None = None,
     ) -> Rows:
-        """The samples `chosen` of an owner, whatever they are; `images` is the foundation's, None for text."""
+        """The samples `chosen` of an owner, whatever they are; `images` is the foundation's, None for text; `view`: the part of
+        their channels that is read, None: all."""
         part = data.select(chosen)
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
-        own = (part.input_ids, part.loss_mask, allowed_LE, part.pixels, part.labels)
+        pixels = part.pixels if images is None or view is None else _seen(part.pixels, view, images)
+        own = (part.input_ids, part.loss_mask, allowed_LE, pixels, part.labels)
         return cls(slot, cap, *own, positions, drawn_at, part.scores)
+
+    @classmethod
+    def fused(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several members of one client, of the same samples, in one pass."""
+        first = parts[0]
+        ids, masks = (sum((getattr(part, name) for part in parts), []) for name in ("input_ids", "loss_mask"))
+        given: dict[str, Any] = {"input_ids": ids, "loss_mask": masks, "allowed_LE": None}
+        given["members"] = tuple(part.masks[0] for part in parts)
+        for name in ("pixels", "labels", "scores"):
+            own = [getattr(part, name) for part in parts]
+            given[name] = None if own[0] is None else np.concatenate(own)
+        return replace(first, **given)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
+
+    @property
+    def masks(self) -> Sequence[np.ndarray | None]:
+        """Of each of its members in the pass, the experts that their rows may be routed to, None for all."""
+        return self.members or (self.allowed_LE,)
 
     @property
     def lengths(self) -> list[int]:
@@ -107,7 +131,7 @@ class Batch:
     predict_N: Tensor  # int64 rows of the T whose hidden states predict a target (the next token, or the image's class)
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
-    demands: list[Demand]  # per segment
+    demands: list[Demand]  # per segment, and member of it
     pixels_BCHW: Tensor | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None  # per segment; None outside training
@@ -186,17 +210,18 @@ def _batch(
     segments, slot, cap = _segments(rows, counts, valid.shape)
     # Where the mask is True and not the mask itself: to index by a mask, the host has to ask the device how many there are.
     arrays = [input_ids, slot, cap, valid.reshape(-1), predict.reshape(-1).nonzero()[0], labels]
-    masks = [part.allowed_LE for part in rows]
+    masks = [mask for part in rows for mask in part.masks]
     allowed = stacked(masks)
-    # The mask is that of the client, and each row says which one is its own.
-    masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(rows)), [n * valid.shape[1] for n in counts])]
+    # The mask is that of the client, or of one of its members, and each row says which one is its own.
+    of_masks = [n * valid.shape[1] // len(part.masks) for n, part in zip(counts, rows, strict=True) for _ in part.masks]
+    masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(masks)), of_masks)]
     scores_T = _scores(rows, valid.shape)
     tensors = upload(arrays + masked + [array for array in (pixels_BCHW, scores_T) if array is not None], device)
     scored = None if scores_T is None else tensors.pop()
     pixels = None if pixels_BCHW is None else tensors.pop()
     allowing = ExpertMasks(tensors[6], tensors[7], counts_of(masks)) if masked else None
     ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors[:6]
-    demands = [Demand(part.tokens, part.cap) for part in rows]
+    demands = [Demand(part.tokens // len(part.masks), part.cap) for part in rows for _ in part.masks]
     targets = [part.targets for part in rows]
     own = (slot_T, cap_T, valid_T, allowing, predict_N, labels_N)
     return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows), scored)
@@ -207,6 +232,13 @@ def _scores(rows: list[Rows], shape: tuple[int, ...]) -> np.ndarray | None:
     found = [part.scores for part in rows if part.scores is not None]
     assert len(found) in (0, len(rows)), "all clients of a pass have scores, or none"
     return np.concatenate(found).repeat(shape[1]) if found else None
+
+
+def _seen(pixels_BCHW: np.ndarray | None, view: int, images: ImageInput) -> np.ndarray | None:
+    """One view of images, which have them channel by channel, one after the other."""
+    assert pixels_BCHW is not None, "text has no views"
+    channels = images.shape[0]
+    return pixels_BCHW[:, view * channels : (view + 1) * channels]
 
 
 def _drawn(rows: list[Rows]) -> list[Drawn] | None:

@@ -1,6 +1,6 @@
 """Expert masks: which experts the rows of a pass may be routed to, client by client and layer by layer.
 
-Legend: S segments of a pass (parts of clients), T token rows, L layers with experts, E experts.
+Legend: S segments of a pass (parts of clients, or of members of them), T token rows, L layers with experts, E experts.
 """
 
 from __future__ import annotations

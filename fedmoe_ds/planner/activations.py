@@ -31,7 +31,7 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     at a rank's experts are taken to be as many as leave it.
     """
     config, model = spec.config, spec.size
-    tokens = clients * (config.execution.micro_batch_size or config.local.batch_size) * length
+    tokens = clients * (config.execution.micro_batch_size or config.local.batch_size) * length * _fused(spec)
     kept = kept_bytes(spec, length, active)
     if config.execution.activation_checkpointing:
         # One layer at a time is recomputed; of the others only their inputs are kept.
@@ -42,6 +42,11 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     # Logits are gone before the backward pass begins.
     logits = logit_bytes(spec, tokens, length)
     return int(tokens * kept + max(tokens * _backward(spec, active) * spec.row_bytes, logits))
+
+
+def _fused(spec: RunSpec) -> int:
+    """Models of a client that share a pass."""
+    return max(tier.experts for tier in spec.tiers) if spec.method.fuses else 1
 
 
 DECISION = INT64 + FP32 + 1
@@ -59,7 +64,7 @@ def logit_bytes(spec: RunSpec, tokens: int, length: int) -> int:
     if _has_objectives(spec):
         copies += spec.method.logit_copies
         if spec.method.whole_steps:
-            rows = spec.config.local.batch_size * length
+            rows = spec.config.local.batch_size * length * _fused(spec)
     return copies * FP32 * min(tokens, rows) * vocabulary
 
 

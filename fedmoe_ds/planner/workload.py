@@ -82,7 +82,7 @@ class Job(RunSpec):
         # The same batches are asked for under every topology of a search.
         key = (client.index, round_index)
         if key not in self._steps:
-            self._steps[key] = _steps_of(self, client, round_index).times(self.cost.models(client))
+            self._steps[key] = _steps_of(self, client, round_index).times(self.cost.models(client), self.method.fuses)
         return self._steps[key]
 
 
@@ -99,9 +99,10 @@ class Steps:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def times(self, models: int) -> Steps:
-        """The same of so many models, each in passes of its own."""
-        more = {name: getattr(self, name) * models for name in ("samples", "rows", "targets", "passes")}
+    def times(self, models: int, fused: bool = False) -> Steps:
+        """The same of so many models, each in passes of its own, or `fused` all in one."""
+        names = ("samples", "rows", "targets") + ("passes",) * (not fused)
+        more = {name: getattr(self, name) * models for name in names}
         return self if models == 1 else replace(self, **more)
 
 

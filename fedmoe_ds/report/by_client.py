@@ -19,7 +19,7 @@ from fedmoe_ds.report.client_tables import HELD, Rows, numbers
 
 Floats = NDArray[np.float64]
 SHOWN_LOST = 20
-TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
+TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice", "view_0": "view 0", "view_1": "view 1"}
 """Optional fields of `eval` that are shares of its `samples`, and what they are called."""
 FIGURES = {"perplexity": "perplexity", "accuracy": "accuracy", **TASK_METRICS}
 """Of a client's own hold-out, and what they are called."""

@@ -39,7 +39,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
     "eval": {
         "client": _TEXT, "tier_label": _TEXT, "tier": _WHOLE, "perplexity": _REAL, "accuracy": _REAL, "loss": _REAL,
-        "targets": _WHOLE, "exact_match": _REAL, "ranked_choice": _REAL, "samples": _WHOLE,
+        "targets": _WHOLE, "exact_match": _REAL, "ranked_choice": _REAL, "view_0": _REAL,
+        "view_1": _REAL, "samples": _WHOLE,
     },
     "data": {
         "name": _TEXT, "tier_label": _TEXT, "top_k": _WHOLE, "samples": _WHOLE, "sequences": _WHOLE, "targets": _WHOLE,

@@ -204,6 +204,8 @@ class _Eval(_OfTier):
     accuracy: Number | None = None
     exact_match: Number | None = None
     ranked_choice: Number | None = None
+    view_0: Number | None = None
+    view_1: Number | None = None
     samples: Count | None = None
     targets: Count | None = None
     tokens: Count | None = None

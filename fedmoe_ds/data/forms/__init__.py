@@ -10,17 +10,19 @@ from dataclasses import replace
 from fedmoe_ds.config.data_form_section import DataFormConfig, Kind
 from fedmoe_ds.data.forms.degraded import degraded
 from fedmoe_ds.data.forms.form import Dealt, Form, Formed, Shape
+from fedmoe_ds.data.forms.grey_and_colour import grey_and_colour, two_views
 from fedmoe_ds.data.forms.low_resolution import low_resolution
 from fedmoe_ds.data.forms.spurious_colour import in_colour, spurious_colour
 from fedmoe_ds.data.sequences import Sequences
 
-__all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape", "has_scores"]
+__all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape", "has_scores", "seen_shape"]
 
 FORMS: dict[Kind, Form] = {
     "plain": Form(lambda dealt, config: Formed(dealt.pixels_NCHW)),
     "degraded": Form(degraded, scored=True),
     "low-resolution": Form(low_resolution),
     "spurious-colour": Form(spurious_colour, in_colour),
+    "grey-and-colour": Form(grey_and_colour, two_views, views=2),
 }
 
 
@@ -41,3 +43,9 @@ def formed_shape(config: DataFormConfig, shape: tuple[int, ...]) -> Shape:
     """Return the [C, H, W] that images of this shape have in their form."""
     channels, height, width = shape
     return FORMS[config.kind].shape((channels, height, width))
+
+
+def seen_shape(config: DataFormConfig, shape: tuple[int, ...]) -> Shape:
+    """Return the [C, H, W] that a foundation reads of them: of one view."""
+    channels, height, width = formed_shape(config, shape)
+    return (channels // FORMS[config.kind].views, height, width)

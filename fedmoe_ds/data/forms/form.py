@@ -51,8 +51,10 @@ def _same(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Form:
-    """One kind: what it makes of images, which [C, H, W] they have then, and whether it gives every image a score."""
+    """One kind: what it makes of images, which [C, H, W] they have then (of several views the channels lie one view after the
+    other), and whether it gives every image a score."""
 
     make: Callable[[Dealt, DataFormConfig], Formed]
     shape: Callable[[Shape], Shape] = _same
     scored: bool = False
+    views: int = 1

@@ -8,7 +8,7 @@ import torch
 from dense_inputs import dense_config
 from every import every
 from federations import run_alone
-from method_variants import BESIDE, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, VIEWED, variant_config
 
 from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
@@ -22,7 +22,7 @@ NAMES = {
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "fedbe", "ota-ffl", "wireless-fl", "fed-moe",
         "flex-moe", "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey",
         "prism", "raffm", "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private", "head",
-        "fl-games", "plain-fl-games",
+        "fl-games", "plain-fl-games", "bmsfed",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": [
@@ -86,7 +86,8 @@ def case_round(fake: Any, name: str) -> None:
 
 
 def case_every_method_has_a_round(fake: Any) -> None:
-    assert (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | MORE | DENSE).keys() == set(NAMES["case_round"])
+    every_one = VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | VIEWED | MORE | DENSE
+    assert every_one.keys() == set(NAMES["case_round"])
 
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
