@@ -25,6 +25,7 @@ from fedmoe_ds.clients.client_work import ClientWork, asked_of, first_trained, r
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.gradient_probe import GradientProbe
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
+from fedmoe_ds.clients.in_training import in_training
 from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
 from fedmoe_ds.clients.out_of_memory import is_out_of_memory
@@ -37,7 +38,6 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.objective import add_sums
 from fedmoe_ds.model.pass_context import InTraining
-from fedmoe_ds.model.scale_factors import ScaleFactors
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
@@ -179,33 +179,7 @@ class WaveTrainer:
                     view.value(spec).copy_(view.client_state[spec.name])
                 elif view.starts_elsewhere(spec):
                     view.value(spec).copy_(view.received(spec))
-        self.execution.wave = self._in_training(works)
-
-    def _in_training(self, works: list[list[ClientWork]]) -> InTraining:
-        factors = [1.0] * self.pool.wave_clients
-        for shard, mine in enumerate(works):
-            for work in mine:
-                factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
-        plain = all(factor == 1.0 for factor in factors)
-        mine = works[self.shard]
-        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in mine}
-        trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
-        # A client of another rank that trains some of its experts makes this rank take the second trip, too.
-        some = any(work.assignment.trained_LE is not None for home in works for work in home)
-        ask = self.hooks.objective
-        objectives = {} if ask is None else {work.slot: ask(work.client, work.assignment) for work in mine}
-        return InTraining(
-            {slot: observer for slot, observer in found.items() if observer is not None},
-            self.hooks.selective or some,
-            None if plain else ScaleFactors(factors),
-            None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
-            {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
-            objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
-            whole_steps=self.hooks.whole_steps,
-            offers=frozenset(work.slot for work in mine if work.assignment.pseudo is not None),
-            attends=any(observer is not None and observer.attended is not None for observer in found.values()),
-            overlaps=any(observer is not None and observer.overlaps for observer in found.values()),
-        )
+        self.execution.wave = in_training(works, self.shard, self.hooks, self.pool, self.bank.device)
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
         self._each_pass(step, works, limits, partial(self._run, counts=counts))

@@ -93,6 +93,6 @@ class FoundationConfig(Section):
     def _check_expanded(self) -> FoundationConfig:
         if self.convert is not None and self.expand is not None:
             raise ValueError(
-                "foundation.expand: further layers are copies of dense ones, and foundation.convert leaves none; drop one of the two"
+                "foundation.expand: further layers are copies of dense ones, and foundation.convert leaves none; drop one"
             )
         return self

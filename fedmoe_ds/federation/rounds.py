@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ class _Round:
     busiest: int = 0
     weighted: dict[str, int] = field(default_factory=dict)
     settled: Settled | None = None
-    server: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[int, int]:

@@ -21,10 +21,10 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.expansion import OUTPUTS
 from fedmoe_ds.foundation.pre_gate import router_loss
 from fedmoe_ds.methods.base import (
-    Combined,
     Method,
     MethodParams,
 )
+from fedmoe_ds.methods.combined import Combined
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.own_experts import check_own_experts, without_routers

@@ -31,7 +31,6 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -48,6 +47,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
+from fedmoe_ds.methods.combined import Combined
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
@@ -69,15 +69,6 @@ class MethodParams(BaseModel):
     def resolved(self, config: Config) -> Self:
         """With what they take from other keys filled in: what a run saves, and what its identity compares."""
         return self
-
-
-@dataclass(frozen=True)
-class Combined:
-    """A new global adapter: A [R, I], B [O, R], and a product (B [O, Q], A [Q, I]) that moves into the frozen weight."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    absorbed: tuple[Tensor, Tensor] | None = None
 
 
 class Method:
@@ -254,7 +245,7 @@ class Method:
     # After local training
 
     def measure(self, view: ClientView) -> dict[str, Tensor]:
-        """Named float64 numbers [L, E] or [L, E, ...] about expert blocks, and [L] about dense ones, from the tensors in `view`."""
+        """Named float64 numbers [L, E] or [L, E, ...] about expert blocks, [L] about dense ones, from the tensors in `view`."""
         return {}
 
     def remember(self, update: ClientUpdate) -> dict[str, Tensor]:

@@ -43,27 +43,39 @@ _COMBINATIONS = """\
 | `federation.budget` | what a tier buys |
 | `adapters.attention`, `adapters.router`, `adapters.head` | LoRA on attention; trained routers; a trained head |
 
-A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
-(`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
-variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
-mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`, `raffm`; `fed-moe` with trained routers), `fl-games`
-with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides,
-unequal ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense
-model, `fft-moe`, `mor`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with LoRA, more than one active expert, or
-shared or zero ones, `bmsfed` without images of two views (`data.form`) and all others with them, `mor` where samples have no score, `raffm`
-without `foundation.convert`, what needs a router on groups of channels, `fed-moe`, `flux` and `ub-smoe` where experts are not
-trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix`, `shefl` and `bmsfed`
-with `local.balance_loss`, `read-me` where routers are in the layers, and where one runs before them every other method with
-a trained router, an auxiliary loss of it or a bias on it, control or dual variables where clients of `shefl` send a part of their changes, micro-batches with
-`hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or `local.balance_loss`. Which methods take
-which devices is in [devices.md](devices.md).
+A combination without a meaning is refused in one line before anything is loaded:
+
+* a server optimizer where there is no mean: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`,
+  `local-only`, `centralised`
+* control or dual variables where the adapters' coordinates or weights change every round, and where clients of `shefl` send a
+  part of their changes
+* dual variables where what is averaged is no plain mean of adapters: `q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`,
+  `ota-ffl`, `raffm`; `fed-moe` with trained routers
+* unequal ranks where A and B are averaged element by element
+* `hfedmoe` and `flex-moe` with a frozen router; `fed-moe`, `flux` and `ub-smoe` where experts are not trained; `flux` with
+  adapter experts and, by attention, with packed samples
+* `flame` on a dense model; `fft-moe`, `mor`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with anything
+  that their models would share; `mor` where samples have no score; `bmsfed` without images of two views, and all others with
+  them (`data.form`)
+* `raffm` without `foundation.convert`, and what needs a router on groups of channels; `fedbe` without `foundation.expand`
+* `read-me` where routers are in the layers, and where one runs before them every other method with a trained router, an
+  auxiliary loss of it or a bias on it
+* `fl-games` with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides
+* hidden labels with every method but `fedmox`
+* `local.balance_loss` with `fed-moe`, `flex-moe`, `split-mix`, `shefl` and `bmsfed`
+* micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or
+  `local.balance_loss`
+* privacy with every method that sends more than changes, or weighs them by data ([privacy.md](privacy.md))
+
+Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
 `fl-games` (its head, and `buffer` more), `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was
 trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step, `bmsfed` those of both modalities; `bmsfed` keeps 130 numbers of every client on every rank; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
+client's whole step, `bmsfed` those of both modalities; `bmsfed` keeps 130 numbers of every client on every rank; `fedfm`
+sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
 `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
 experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:

@@ -72,7 +72,7 @@ class Rows:
     def fused(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of several members of one client, of the same samples, in one pass."""
         first = parts[0]
-        ids, masks = (sum((getattr(part, name) for part in parts), []) for name in ("input_ids", "loss_mask"))
+        ids, masks = ([each for part in parts for each in getattr(part, name)] for name in ("input_ids", "loss_mask"))
         given: dict[str, Any] = {"input_ids": ids, "loss_mask": masks, "allowed_LE": None}
         given["members"] = tuple(part.masks[0] for part in parts)
         for name in ("pixels", "labels", "scores"):

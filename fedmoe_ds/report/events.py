@@ -257,8 +257,6 @@ class _Round(_Fields):
     weight_entropy: Number | None = None
     load_variation: Amount | None = None
     epsilon: Amount | None = None
-    server_steps: Count | None = None
-    server_loss_first: Number | None = None
     server_loss_last: Number | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
