@@ -76,8 +76,7 @@ class RunSpec:
         """Tell the method what it may ask about the data."""
         most = int(counts_of(clients, "sequences").max(initial=1))
         drawn = participant_count(len(clients), self.config.federation.participation)
-        known = {"sequences": most, "clients": len(clients), "participants": drawn}
-        self.method.facts = replace(self.method.facts, **known)
+        self.method.facts = replace(self.method.facts, sequences=most, clients=len(clients), participants=drawn)
 
     @property
     def bitwise(self) -> bool:

@@ -111,8 +111,8 @@ class AdapterMoELayer(nn.Module):
             # A mask tells clients the experts that they hold, and of the others there is nothing to hold.
             allowed_TE = F.pad(allowed_TE, (0, self.moe.zero), value=True)
         modulation = self.execution.modulation(self.layer)
-        places, asked = (run.cap_T, run.valid_T), (allowed_TE, demands, held_softmax, modulation)
-        routing = route(logits_TE, self.rule, *places, *asked, self.rule.straight_through)
+        asked = (allowed_TE, demands, held_softmax, modulation)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *asked, self.rule.straight_through)
         return routing.apart(self.moe.experts) if self.moe.zero else routing
 
     def _shared(self, hidden_BSD: Tensor) -> Tensor:

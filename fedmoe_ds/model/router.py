@@ -103,7 +103,8 @@ class Routing:
         # Slots are padded with an expert that exists: whoever looks one up must find something.
         real_TK = self.experts_TK.masked_fill(zero_TK, 0)
         zeros = ZeroSlots(self.probs_TE[:, experts:], chosen_TZ)
-        return Routing(self.probs_TE[:, :experts], self.weights_TK * ~zero_TK, real_TK, self.kept_TK & ~zero_TK, None, zeros)
+        weights_TK, kept_TK = self.weights_TK * ~zero_TK, self.kept_TK & ~zero_TK
+        return Routing(self.probs_TE[:, :experts], weights_TK, real_TK, kept_TK, zeros=zeros)
 
     def detached(self) -> Routing:
         """The decision without its graph, and without the scores of experts that were not selected."""
@@ -117,8 +118,9 @@ class Routing:
             return values[places] if isinstance(places, slice) else values.index_select(0, places)
 
         zeros = None if self.zeros is None else ZeroSlots(some(self.zeros.probs_TZ), some(self.zeros.chosen_TZ))
-        own = [some(values) for values in (self.probs_TE, self.weights_TK, self.experts_TK, self.kept_TK)]
-        return Routing(*own, overlap_TE=None if self.overlap_TE is None else some(self.overlap_TE), zeros=zeros)
+        overlap_TE = None if self.overlap_TE is None else some(self.overlap_TE)
+        own = (some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
+        return Routing(*own, overlap_TE=overlap_TE, zeros=zeros)
 
 
 @dataclass(frozen=True)
