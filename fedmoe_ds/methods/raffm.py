@@ -151,13 +151,14 @@ class RaFFM(Method):
         known = [memory for _, memory in sorted(context.memories.items())]
         # Whole numbers, whose sums are exact in any order.
         every = math.fsum(float(one["samples"]) for one in known)
-        share_LE = sum(one["held"] * float(one["samples"]) for one in known) / every
+        share_LE: np.ndarray = np.sum([one["held"] * float(one["samples"]) for one in known], axis=0) / every
         places = {layer: place for place, layer in enumerate(self.facts.layers)}
 
         def shrink(key: str, mean: Tensor) -> Tensor:
             _, layer, head, *rest = key.split(".")
             if head != "experts":
                 return mean
-            return (mean.double() * float(share_LE[places[int(layer)], int(rest[0])])).float()
+            shrunk: Tensor = mean.double() * float(share_LE[places[int(layer)], int(rest[0])])
+            return shrunk.float()
 
         return shrink
