@@ -126,9 +126,9 @@ class FLGames(Method):
         if local.drift != "none":
             raise UserError(f"local.drift: {local.drift}: in method fl-games clients differ on purpose; use none")
         if (server.optimizer, server.lr) != ("fedavg", 1.0):
-            key, value = ("lr", server.lr) if server.optimizer == "fedavg" else ("optimizer", server.optimizer)
+            told = f"lr: {server.lr}" if server.optimizer == "fedavg" else f"optimizer: {server.optimizer}"
             raise UserError(
-                f"server.{key}: {value}: the model of method fl-games is the mean of all heads, to which no other step leads; "
+                f"server.{told}: the model of method fl-games is the mean of all heads, to which no other step leads; "
                 "use server.optimizer=fedavg and server.lr=1"
             )
 

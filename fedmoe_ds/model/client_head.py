@@ -56,7 +56,8 @@ def frozen_head(model: Any) -> nn.Linear:
 def head_path(model: Any) -> str:
     """Its name in the model."""
     head = frozen_head(model)
-    return next(name for name, module in model.named_modules() if module is head)
+    path: str = next(name for name, module in model.named_modules() if module is head)
+    return path
 
 
 def head_blocks(model: Any) -> list[BlockSpec]:
