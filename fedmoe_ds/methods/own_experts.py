@@ -23,7 +23,10 @@ def check_own_experts(config: Config, title: str, model: str) -> None:
             f"adapters.moe.top_k: {adapters.moe.top_k}: a {model} of {title} uses its own expert alone; use 1, and "
             f"federation.tiers.N.experts for how many {model}s a client trains"
         )
-    routing: dict[str, tuple[object, object]] = {"zero": (adapters.moe.zero, 0), "router_input": (adapters.moe.router_input, "token")}
+    routing: dict[str, tuple[object, object]] = {
+        "zero": (adapters.moe.zero, 0),
+        "router_input": (adapters.moe.router_input, "token"),
+    }
     routing["gate"] = adapters.moe.gate, "softmax"
     for key, (value, usual) in routing.items():
         if value != usual:
