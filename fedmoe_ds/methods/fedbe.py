@@ -20,9 +20,11 @@ COMPLETION:
 - `allocation: random` (drawn once for each client) and `suffix` (the last ones) are its controls, and probe nothing.
 - A block that nobody trains keeps its value. Evaluation is of the whole model at every tier.
 
-Limits. A client that comes in a later round is probed on what the blocks are by then. All layers after the first block of S_i
-take part in the backward pass, and this engine computes gradients of the blocks in between as well and clears them; FLOPs count
-those of S_i alone. Blocks are trained whole: a client in flight holds values, gradients and moments of all G.
+Limits. Gradients at the identity are larger nearer to the input: the probe may order blocks by depth alone, whatever a
+client's data are (docs/log.md). A client that comes in a later round is probed on what the blocks are by then. All layers
+after the first block of S_i take part in the backward pass, and this engine computes gradients of the blocks in between as
+well and clears them; FLOPs count those of S_i alone. Blocks are trained whole: a client in flight holds values, gradients and
+moments of all G.
 """
 
 from __future__ import annotations
