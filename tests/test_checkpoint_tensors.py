@@ -38,7 +38,7 @@ SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe"]
+KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe", "plain-fl-games"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
@@ -84,7 +84,7 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     (row, match) = found[0]
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
-    sizes["S"] = parts.spec.method.facts.sequences
+    sizes |= {"S": parts.spec.method.facts.sequences, "V": parts.spec.method.facts.classes}
     if config.adapters.moe is not None:
         sizes["W"] = config.adapters.moe.width
     if "projection" in match.groupdict():
@@ -111,7 +111,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         # Level 0 has what everybody begins with, level 1 the clients that were trained.
         before, name = (
             (1 if "-00000-000-" in file else len(TRAINED),),
-            re.sub(r"(control|ewwa-first|ewwa-second)\.", "", name, count=1),
+            re.sub(r"(control|ewwa-first|ewwa-second|own|others-\d+)\.", "", name, count=1),
         )
         if name == "clients":
             return before, torch.int64
@@ -172,7 +172,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 25
+    assert len(ROWS) == 26
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 
