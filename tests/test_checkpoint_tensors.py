@@ -39,7 +39,7 @@ SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe"]
+KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe", "plain-fl-games"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
@@ -85,12 +85,18 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     (row, match) = found[0]
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
+<<<<<<< HEAD
     sizes["S"] = parts.spec.method.facts.sequences
     sizes["M"] = layout.num_experts + layout.zero
     if (moe := config.adapters.moe) is not None:
         sizes |= {"W": moe.width, "N": moe.width * moe.shared}
     if (gate := pre_gate_of(parts.foundation.model)) is not None:
         sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
+=======
+    sizes |= {"S": parts.spec.method.facts.sequences, "V": parts.spec.method.facts.classes}
+    if config.adapters.moe is not None:
+        sizes["W"] = config.adapters.moe.width
+>>>>>>> w-h6
     if "projection" in match.groupdict():
         widths = {m.projection.name: m.projection for m in parts.foundation.model.modules() if isinstance(m, ClientLoRALinear)}
         projection = widths[match["projection"]]
@@ -115,7 +121,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         # Level 0 has what everybody begins with, level 1 the clients that were trained.
         before, name = (
             (1 if "-00000-000-" in file else len(TRAINED),),
-            re.sub(r"(control|ewwa-first|ewwa-second)\.", "", name, count=1),
+            re.sub(r"(control|ewwa-first|ewwa-second|own|others-\d+)\.", "", name, count=1),
         )
         if name == "clients":
             return before, torch.int64
@@ -176,7 +182,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 25
+    assert len(ROWS) == 26
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 
