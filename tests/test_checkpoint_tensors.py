@@ -85,18 +85,12 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     (row, match) = found[0]
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
-<<<<<<< HEAD
-    sizes["S"] = parts.spec.method.facts.sequences
+    sizes |= {"S": parts.spec.method.facts.sequences, "V": parts.spec.method.facts.classes}
     sizes["M"] = layout.num_experts + layout.zero
     if (moe := config.adapters.moe) is not None:
         sizes |= {"W": moe.width, "N": moe.width * moe.shared}
     if (gate := pre_gate_of(parts.foundation.model)) is not None:
         sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
-=======
-    sizes |= {"S": parts.spec.method.facts.sequences, "V": parts.spec.method.facts.classes}
-    if config.adapters.moe is not None:
-        sizes["W"] = config.adapters.moe.width
->>>>>>> w-h6
     if "projection" in match.groupdict():
         widths = {m.projection.name: m.projection for m in parts.foundation.model.modules() if isinstance(m, ClientLoRALinear)}
         projection = widths[match["projection"]]
