@@ -229,4 +229,6 @@ def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any])
     model = "llama" if variant in PLAIN | BESIDE else "vit-rgb" if variant in VIEWED else None
     dense = {} if model is None else {"foundation": {"path": str(root / model)}}
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | VIEWED | DEVICES)[variant], *changes)
+    return make_config(
+        root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | VIEWED | DEVICES)[variant], *changes
+    )

@@ -177,9 +177,7 @@ class BMSFedReference(DenseReference):
         alike = torch.stack([-(feature_D - self.prototypes[modality, c]).norm() for c in there])
         return F.cross_entropy(alike, torch.tensor(there.index(label)))
 
-    def _remember(
-        self, index: int, own: tuple[int, ...], changes: dict[str, Tensor], likeness: dict[int, list[float]]
-    ) -> None:
+    def _remember(self, index: int, own: tuple[int, ...], changes: dict[str, Tensor], likeness: dict[int, list[float]]) -> None:
         before = self.known.get(index, Known())
         after = Known(list(before.prints), list(before.likeness))
         for m in own:

@@ -195,7 +195,9 @@ def test_what_is_known_of_a_modality_that_is_not_trained_stays() -> None:
     counts_LE = np.ones((2, 2), dtype=np.int64)
     prints_LEJ = draw.standard_normal((2, 2, NUMBERS))
     observed = {LIKENESS: np.array([0.0, 3.0]), LIKENED: np.array([0.0, 6.0])}
-    update = ClientUpdate(client, 0, 0, 1, 10, counts_LE, True, observed=observed, measured={FINGERPRINT: prints_LEJ}, plan=(1,))
+    update = ClientUpdate(
+        client, 0, 0, 1, 10, counts_LE, True, observed=observed, measured={FINGERPRINT: prints_LEJ}, plan=(1,)
+    )
     first = method.memorise(update)
     assert not first[FINGERPRINT][0].any() and np.allclose(first[FINGERPRINT][1], prints_LEJ[0, 1] + prints_LEJ[1, 1])
     assert first[LIKENESS].tolist() == [0.0, 0.5]
@@ -237,7 +239,11 @@ def config_of(root: Path, name: str, *changes: dict[str, Any]) -> Any:
 
 
 def expert(result: Result, number: int) -> dict[str, np.ndarray]:
-    return {key.replace(f".experts.{number}.", ".experts.E."): value for key, value in result.adapters.items() if f".experts.{number}." in key}
+    return {
+        key.replace(f".experts.{number}.", ".experts.E."): value
+        for key, value in result.adapters.items()
+        if f".experts.{number}." in key
+    }
 
 
 def test_modalities_that_are_alike_stay_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +256,11 @@ def test_modalities_that_are_alike_stay_so(root: Path, monkeypatch: pytest.Monke
         return Formed(np.repeat(dealt.pixels_NCHW, 6, 1))
 
     monkeypatch.setitem(forms.FORMS, "grey-and-colour", replace(forms.FORMS["grey-and-colour"], make=twice))
-    change = {"foundation": {"cache": str(root / "twice")}, "data": {"form": {"spread": 0.5}}, "method": {"threshold": 1.001, "alpha": 0.0}}
+    change = {
+        "foundation": {"cache": str(root / "twice")},
+        "data": {"form": {"spread": 0.5}},
+        "method": {"threshold": 1.001, "alpha": 0.0},
+    }
     parts, journal = build(config_of(root, "alike", change), *alone())
     for name, spec in parts.state.adapters.specs.items():
         if spec.expert:
@@ -294,9 +304,12 @@ def test_an_expert_that_nobody_trains_keeps_its_bits(root: Path) -> None:
         ),
         (
             {"method": {"name": "split-mix"}},
-            r"^data\.form\.kind: grey-and-colour: images have 2 views, and the models of method split-mix read 1 view; use plain",
+            r"^data\.form\.kind: grey-and-colour: images have 2 views, and the models of method split-mix read 1 view; use",
         ),
-        ({"method": {"selection": "random", "threshold": 2.0}}, r"^method\.threshold: 2\.0: has no effect with .*; drop the key$"),
+        (
+            {"method": {"selection": "random", "threshold": 2.0}},
+            r"^method\.threshold: 2\.0: has no effect with .*; drop the key$",
+        ),
     ],
 )
 def test_refusals(root: Path, change: dict[str, Any], message: str) -> None:

@@ -193,7 +193,9 @@ def test_fused_members_share_a_pass() -> None:
     assert work.micro_batches(0) == 2 and work.step_sums(0, images) == (3, 15)
     first, last = (work.rows(0, micro, images) for micro in range(2))
     assert first.labels is not None and first.labels.tolist() == [4, 2, 4, 2] and len(last) == 2
-    assert first.pixels is not None and np.array_equal(first.pixels, np.stack([*pixels_NCHW[[4, 2], 2:], *pixels_NCHW[[4, 2], :2]]))
+    assert first.pixels is not None and np.array_equal(
+        first.pixels, np.stack([*pixels_NCHW[[4, 2], 2:], *pixels_NCHW[[4, 2], :2]])
+    )
     batch = make_batch([first, last], torch.device("cpu"), images)
     assert batch.masks is not None and batch.targets == [4, 2]
     # Positions are five per image: two images of either member of the first client, one of either of the second.

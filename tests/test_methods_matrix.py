@@ -62,7 +62,8 @@ ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top
 IMAGES: dict[str, Any] = {
     "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
     "federation": {"tiers": None},
-    "data": DIGITS | {"max_samples": 12, "form": {"kind": "grey-and-colour"}, "partition": {"kind": "iid", "clients": 4, "column": None}},
+    "data": DIGITS
+    | {"max_samples": 12, "form": {"kind": "grey-and-colour"}, "partition": {"kind": "iid", "clients": 4, "column": None}},
 }
 """What stands for it where each reads a view of an image."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}

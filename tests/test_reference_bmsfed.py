@@ -86,7 +86,9 @@ def check(parts: Any, expected: BMSFedReference) -> None:
 
 
 def test_an_evaluation_is_of_both_and_of_each(root: Path) -> None:
-    parts, journal = build(dense_config(root, "vit-rgb", "scored", CONFIG, {"federation": {"rounds": 1}, "evaluation": {"every": 1}}), *alone())
+    parts, journal = build(
+        dense_config(root, "vit-rgb", "scored", CONFIG, {"federation": {"rounds": 1}, "evaluation": {"every": 1}}), *alone()
+    )
     result = finish(parts, journal)
     told = Settings(experts=2, top_k=1, auxiliary="none", **SGD)
     adapters = {key: torch.from_numpy(value).double() for key, value in result.adapters.items()}

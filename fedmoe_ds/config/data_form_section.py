@@ -20,8 +20,8 @@ class DataFormConfig(Section):
 
     kind: Kind = Field(
         "plain",
-        description="'plain': as they are; 'degraded': blurred and noisy by a drawn severity; 'grey-and-colour': two views, the "
-        "digit and a blank in a colour of its class",
+        description="'plain': as they are; 'degraded': blurred and noisy by a drawn severity; 'grey-and-colour': two views, "
+        "the digit and a blank in a colour of its class",
     )
     blur: float = Field(1.0, ge=0, description="degraded: standard deviation of the blur at severity 1, in pixels")
     noise: float = Field(0.5, ge=0, description="degraded: standard deviation of the noise at severity 1; ink is 1, paper -1")

@@ -89,9 +89,7 @@ class ReceivedModel:
         """One pass over samples in parts, inside `receiving`; without any, the stand-in row that takes part in the
         all-to-alls. Where the assignment has members, one pass for each of them, and the mean of their logits."""
         # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
-        batches = [
-            self.model.batch([self._rows(part, how, member) for part in parts]) for member in range(how.models)
-        ]
+        batches = [self.model.batch([self._rows(part, how, member) for part in parts]) for member in range(how.models)]
         return self.model.ensemble(batches, 0, None if how.rescale is None else [how.rescale])
 
     def _rows(self, part: Sequences, how: Assignment, member: int) -> Rows:

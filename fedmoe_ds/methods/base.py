@@ -235,7 +235,7 @@ class Method:
     # After local training
 
     def measure(self, view: ClientView) -> dict[str, Tensor]:
-        """Named float64 numbers [L, E] or [L, E, ...] about expert blocks, and [L] about dense ones, from the tensors in `view`."""
+        """Named float64 numbers [L, E, ...] about expert blocks, and [L] about dense ones, from the tensors in `view`."""
         return {}
 
     def remember(self, update: ClientUpdate) -> dict[str, Tensor]:

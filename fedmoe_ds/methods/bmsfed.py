@@ -15,13 +15,13 @@ the choice of clients and of modalities, by submodular functions, the second. CO
     choice       one client after the other, out of max(S, N/10) drawn ones that are not chosen, the one that minimises
                  sum_i min(own_i, |u_i - u_j|): facility location on the clients' updates u
     modality     where the weighted mean R of the clients' r_k is above 1, the best candidate by updates of encoder 1 alone is
-                 taken, to train 1 alone, if its own r_k exceeds a threshold, otherwise the best by whole updates; mirrored for R
-                 at most 1 and 1 / r_k. Updates of modality m alone have nearest chosen ones of their own
+                 taken, to train 1 alone, if its own r_k exceeds a threshold, else the best by whole updates; mirrored for R at
+                 most 1 and 1 / r_k. Updates of modality m alone have nearest chosen ones of their own
     mean         an encoder over the clients that trained it, by data size
 
 COMPLETION:
-- A modality is one view of an image (`data.form`), its encoder the frozen foundation with adapter expert m alone. Fusion is late,
-  z = (z_0 + z_1) / 2, with the frozen head; the paper's fusion layer is trained.
+- A modality is one view of an image (`data.form`), its encoder the frozen foundation with adapter expert m alone. Fusion is
+  late, z = (z_0 + z_1) / 2, with the frozen head; the paper's fusion layer is trained.
 - A client's r_k is the ratio of the likenesses of its last local epoch by the prototypes that it received, not an accuracy by
   its own ones in one more pass; of a modality that it has not trained since, the last one counts. Before there are any it is 1.
 - Prototypes are summed up in the last local epoch, as FedFM's stale anchors; a class without any keeps what it has.
@@ -264,7 +264,9 @@ class BMSFed(Method):
         known_C = known_MC.all(0)
         labels_B = torch.where(known_C[labels_B], labels_B, _NOT_ENHANCED)
         right, losses = [], []
-        for hidden_BD, prototype_CD in zip(hidden_MBD.float(), prototypes.value.view(*known_MC.shape, -1)[list(own)], strict=True):
+        for hidden_BD, prototype_CD in zip(
+            hidden_MBD.float(), prototypes.value.view(*known_MC.shape, -1)[list(own)], strict=True
+        ):
             apart_BC = (hidden_BD.unsqueeze(1) - prototype_CD.float()).square().sum(-1)
             # Where a feature is its prototype, the distance has no gradient.
             alike_BC = -torch.where(apart_BC > 0, apart_BC, 1.0).sqrt() * (apart_BC > 0)

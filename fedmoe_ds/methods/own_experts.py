@@ -1,4 +1,4 @@
-"""Own experts: what a configuration must have where every model of a client is a frozen trunk with adapter experts of its own."""
+"""Own experts: what a configuration must have where every model of a client is a trunk with adapter experts of its own."""
 
 from __future__ import annotations
 

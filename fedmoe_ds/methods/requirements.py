@@ -67,7 +67,8 @@ def _check_views(method: Method, name: str, config: Config) -> None:
     if views != method.views:
         fitting = " or ".join(other for other, form in FORMS.items() if form.views == method.views)
         raise UserError(
-            f"data.form.kind: {kind}: images have {_views(views)}, and the models of method {name} read {_views(method.views)}; "
+            f"data.form.kind: {kind}: images have {_views(views)}, and the models of method {name} read "
+            f"{_views(method.views)}; "
             f"use {fitting}"
         )
 

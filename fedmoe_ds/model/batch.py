@@ -70,8 +70,14 @@ class Rows:
     def fused(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of several members of one client, of the same samples, in one pass."""
         first = parts[0]
-        ids, masks = (sum((getattr(part, name) for part in parts), []) for name in ("input_ids", "loss_mask"))
-        given: dict[str, Any] = {"input_ids": ids, "loss_mask": masks, "members": tuple(part.masks[0] for part in parts), "allowed_LE": None}
+        ids = [sequence for part in parts for sequence in part.input_ids]
+        masks = [mask for part in parts for mask in part.loss_mask]
+        given: dict[str, Any] = {
+            "input_ids": ids,
+            "loss_mask": masks,
+            "members": tuple(part.masks[0] for part in parts),
+            "allowed_LE": None,
+        }
         for name in ("pixels", "labels"):
             own = [getattr(part, name) for part in parts]
             given[name] = None if own[0] is None else np.concatenate(own)

@@ -77,7 +77,10 @@ def one_evaluation_seconds(
     seconds, sums = 0.0, 0
     for members in job.by_tier.values():
         # The foundation is one model, whatever is trained beside it.
-        runs, models = len(members) if personal else 1, 1 if asked.plain and job.method.views == 1 else job.cost.models(members[0])
+        runs, models = (
+            len(members) if personal else 1,
+            1 if asked.plain and job.method.views == 1 else job.cost.models(members[0]),
+        )
         seconds += runs * models * _scored(job, network, hardware, ep_size, shared, members[0].cap)
         sums += runs * len(shared)
         if owners:

@@ -1,7 +1,7 @@
-"""Grey and colour: two views of a digit. One shows its shape, white on black; the other a blank of a colour that tells its class.
+"""Grey and colour: two views of a digit. One shows its shape, white on black; the other a blank in a colour of its class.
 
-Every class has a hue of its own, evenly around the circle, and an image's colour is drawn about it: how far decides how much the
-second view tells. The views share nothing but the class.
+Every class has a hue of its own, evenly around the circle, and an image's colour is drawn about it: how far decides how much
+the second view tells. The views share nothing but the class.
 
 Legend: N images, H height, W width; 3: red, green, blue; 6: of the first view, then of the second.
 """
