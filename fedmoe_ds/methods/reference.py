@@ -48,23 +48,24 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with LoRA or more than one active expert, `bmsfed`
-without images of two views (`data.form`) and all others with them, `fed-moe`, `flux` and
-`ub-smoe` where experts are not trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`,
-`flex-moe`, `split-mix`, `shefl` and `bmsfed` with `local.balance_loss`, control or dual variables where clients of `shefl`
-send a part of their changes, micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
+`fft-moe`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with LoRA or more than one active expert,
+`bmsfed` without images of two views (`data.form`) and all others with them, `fed-moe`, `flux` and `ub-smoe` where experts are
+not trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix`, `shefl`
+and `bmsfed` with `local.balance_loss`, control or dual variables where clients of `shefl` send a part of their changes,
+micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
 `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
 `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step, `bmsfed` those of both modalities, and every rank keeps 130 numbers of each of its clients; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
-`cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
-experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
-`flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
-about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
-first round `prism` takes each of its samples through the model alone, forward and backward; the client keeps a number of each.
+client's whole step, `bmsfed` those of both modalities, and every rank keeps 130 numbers of each of its clients; `fedfm` sums
+up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most); `cc-fao` keeps the global adapters
+of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's experts in every local step, over the ranks of its
+cluster. Of every client that was trained, `fed-moe` and `flex-moe` keep three numbers per layer and expert on every rank, and
+every rank solves `flex-moe`'s programs before a round: about a second for 1 000 participants, 64 experts and 16 layers
+([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's first round `prism` takes each of its samples through the
+model alone, forward and backward; the client keeps a number of each.
 """
 _ADDING = '''\
 ## Adding a method
