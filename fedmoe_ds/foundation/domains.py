@@ -93,7 +93,7 @@ def mean_activations(model: Any, sequences_NS: Tensor) -> Tensor:
     """float64 [L, F]: mean |a| of every channel on the sequences of one domain."""
     total: Tensor | float = 0.0
     with activations(model) as found:
-        for batch_BS in sequences_NS.split(BATCH):
+        for batch_BS in torch.split(sequences_NS, BATCH):
             stop_point()
             model.base_model(input_ids=batch_BS, use_cache=False)
             total = total + torch.stack([a_BSF.abs().double().sum((0, 1)) for a_BSF in found])

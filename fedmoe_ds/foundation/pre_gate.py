@@ -66,6 +66,9 @@ class PreGate(nn.Module):
         gate_up_LGD: input projections of the dense blocks, gate rows first, G = 2F.
     """
 
+    masks_LEF: Tensor
+    gate_up_LGD: Tensor
+
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         super().__init__()
         shape = PreGateShape.of(config)
@@ -109,8 +112,8 @@ def logits(weights: Mapping[str, Tensor], layers: int, ids_BS: Tensor) -> Tensor
 
 def _attended(inner_BSX: Tensor) -> Tensor:
     """Causal attention; X = 3 W: queries, keys and values side by side."""
-    heads = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in inner_BSX.chunk(3, dim=-1)]
-    return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+    query, key, value = (part.view(*part.shape[:2], HEADS, -1).transpose(1, 2) for part in inner_BSX.chunk(3, dim=-1))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def _normed(x_BSW: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _weights(gate: PreGate, bank: Bank, slot: int, teaches: bool) -> dict[str, T
         # A copy: a slot of the bank may begin at any address, and libraries' products may depend on that.
         own = bank.value(PREFIX + name, -1)[slot].clone()
         if teaches:
-            own.requires_grad_().register_hook(partial(_add, bank.grad(PREFIX + name, -1)[slot]))
+            own.requires_grad_().register_hook(partial(_add, bank.grad(PREFIX + name, -1)[slot]))  # type: ignore[no-untyped-call]
         found[name] = own
     return found
 

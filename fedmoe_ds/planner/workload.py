@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -193,8 +194,9 @@ def _untrained_foundation(config: Config) -> Path:
     given = config.foundation
     least = {"pretrain": given.pretrain.model_copy(update={"steps": 0})}
     # Which channels are whose does not change a shape either.
-    chosen = given.convert is not None and given.convert.kind == "read-me"
-    less = {} if not chosen else {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
+    less: dict[str, Any] = {}
+    if given.convert is not None and given.convert.kind == "read-me":
+        less = {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
     untrained = given.model_copy(update={**least, **less})
     with Progress() as progress:
         return resolve_foundation(untrained, config.seed, progress.note)
