@@ -36,7 +36,24 @@ from fedmoe_ds.foundation.pre_gate import NAME, PreGateShape, logits, overlaps, 
 from fedmoe_ds.foundation.weight_files import WEIGHTS_FILE
 from fedmoe_ds.randomness import generator, torch_generator
 
-_SAME = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype"]
+_SAME = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+]
 """What a Qwen2-MoE's configuration calls as a llama's does."""
 
 
