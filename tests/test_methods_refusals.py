@@ -29,6 +29,7 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "flood": [{"execution": {"micro_batch_size": None}}],
+    "fedbe": [{"foundation": {"expand": {"blocks": 1}}, "adapters": {"attention": []}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
     "q-fedavg": [{"local": {"optimizer": "sgd"}}],
