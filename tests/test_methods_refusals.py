@@ -42,6 +42,7 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "raffm": [{"foundation": {"convert": {"experts": 4}}}],
     "bmsfed": [VIEWS],
     "flood": [{"execution": {"micro_batch_size": None}}],
+    "fedbe": [{"foundation": {"expand": {"blocks": 1}}, "adapters": {"attention": []}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
     "q-fedavg": [{"local": {"optimizer": "sgd"}}],

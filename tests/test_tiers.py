@@ -58,7 +58,7 @@ EXPERTS: dict[str, Any] = {
     "execution": {"micro_batch_size": None},
 }
 
-budgets = st.tuples(*[st.integers(1, 4)] * 4)
+budgets = st.tuples(*[st.integers(1, 4)] * 5)
 
 
 @given(st.lists(budgets, min_size=1, max_size=8))
