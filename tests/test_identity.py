@@ -43,8 +43,8 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
-adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
-federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
+adapters.feed_forward adapters.router adapters.head adapters.moe.experts adapters.moe.width adapters.moe.top_k
+federation.participation federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
 federation.tiers.clients federation.tiers.layers federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
@@ -101,6 +101,7 @@ ELSEWHERE = {
     "data.split": "test_data_sources.py",
     **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
+    "adapters.head_start": "test_client_head.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
