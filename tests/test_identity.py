@@ -44,7 +44,8 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.feed_forward adapters.router adapters.head adapters.moe.experts adapters.moe.width adapters.moe.top_k
-federation.participation federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
+federation.participation federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank
+federation.tiers.experts
 federation.tiers.clients federation.tiers.layers federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
