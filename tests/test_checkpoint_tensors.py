@@ -115,7 +115,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         # Level 0 has what everybody begins with, level 1 the clients that were trained.
         before, name = (
             (1 if "-00000-000-" in file else len(TRAINED),),
-            re.sub(r"(control|ewwa-first|ewwa-second|own|others-\d+)\.", "", name, count=1),
+            re.sub(r"\b(control|ewwa-first|ewwa-second|own|others-\d+)\.", "", name, count=1),
         )
         if name == "clients":
             return before, torch.int64

@@ -3,6 +3,7 @@ a run with one evaluates, keeps and exports; what is refused."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.identity import of_settings
 from fedmoe_ds.model.adapter_bank import HEAD, HEAD_BIAS
 from fedmoe_ds.model.batch import Rows
 
@@ -126,6 +128,14 @@ def test_a_start_from_a_head_is_taken_up_or_refused(root: Path, alone_run: Resul
         assert value.numpy().tobytes() == alone_run.adapters[key].tobytes()
     with pytest.raises(UserError, match=r"has adapted head.*set adapters.head=train"):
         parts_of(root, "vit", "lost", {"adapters": {"attention": ["q_proj"]}}, start)
+
+
+def test_what_it_begins_as_is_part_of_the_run(root: Path) -> None:
+    one, other = (
+        of_settings(json.loads(config_of(root, "vit", "identity", *changes).model_dump_json()))
+        for changes in ([ALONE], [ALONE, ZERO])
+    )
+    assert one != other and one["adapters"]["head_start"] == "foundation"
 
 
 def test_refusals(root: Path) -> None:

@@ -44,8 +44,8 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
-adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k adapters.moe.linear
-adapters.moe.shared adapters.moe.zero adapters.moe.router_input adapters.moe.gate federation.participation
+adapters.feed_forward adapters.router adapters.head adapters.moe.experts adapters.moe.width adapters.moe.top_k
+adapters.moe.linear adapters.moe.shared adapters.moe.zero adapters.moe.router_input adapters.moe.gate federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
 federation.tiers.clients federation.tiers.layers federation.tiers.blocks federation.tier_column foundation.expand.blocks
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
@@ -111,6 +111,7 @@ ELSEWHERE = {
     **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
     **dict.fromkeys((f"privacy.{key}" for key in ("delta", "epsilon", "key_file")), "test_privacy.py"),
+    "adapters.head_start": "test_client_head.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 

@@ -217,6 +217,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "q-fedavg": SGD,
     "flood": {"execution": {"micro_batch_size": None}},
     "flex-moe": {"adapters": {"router": "train"}},
+    "fl-games": {
+        "adapters": {"head": "train"},
+        "federation": {"participation": 1.0},
+        "local": {"optimizer": "sgd", "lr": 0.05, "clip": None},
+    },
     "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
 }
 """What a method cannot do without."""
