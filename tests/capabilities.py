@@ -284,6 +284,9 @@ MODES: dict[str, Mapping[str, Any]] = {
     "recomputed": {"execution": {"activation_checkpointing": True}},
     "micro-batches": {"execution": {"micro_batch_size": 1}},
     "whole experts": {"adapters": {"expert_training": "full"}},
+    "ranks": {
+        "adapters": {"moe": {"experts": 4, "width": 1, "top_k": 2, "linear": True, "shared": 2, "zero": 2}},
+    },
     "dropout": {"adapters": {"dropout": 0.2}},
     "balance": {"local": {"balance_loss": 0.1}},
     "fedprox": {"local": {"drift": "fedprox"}},
@@ -304,6 +307,7 @@ ALTERNATIVES: Sequence[frozenset[str]] = [
     for group in (
         {"plan", "spending"},
         {"allowed experts", "members"},
+        {"whole experts", "ranks"},
         {"members", "survey"},
         {"objective", "statistics", "survey"},
         {"observer", "attention"},

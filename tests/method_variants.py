@@ -7,6 +7,7 @@ from typing import Any
 
 from dense_inputs import DIGITS
 from federations import make_config
+from read_me_inputs import CONVERT, ON_READ_ME
 
 from fedmoe_ds.config import Config
 
@@ -75,8 +76,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "local": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "moments": "bfloat16", "rounds_schedule": "cosine"},
     },
     "fedprox": {"method": {"name": "fedit"}, "local": {"drift": "fedprox"}},
+    "private": {"method": {"name": "fedit"}, "privacy": {"clip": 0.05, "noise_multiplier": 0.5}},
     "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
+    "scaffold-public": {
+        "method": {"name": "fedit"},
+        "adapters": {"dropout": 0.1},
+        "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
+        "data": {"public": 0.2},
+        "server": {"optimizer": "fedavgm", "lr": 0.5, "training": {"epochs": 0.5, "lr": 0.02, "warm_up": 1.0}},
+    },
     "feddyn": {"method": {"name": "fedit"}, "local": {"drift": "feddyn", "proximal": 0.5}},
     "fedvra-rows": {"method": {"name": "fslora"}, "local": {"drift": "fedvra", "dual_step": 0.5, "aggregation_step": 0.7}},
     "fedavgm": {
@@ -108,6 +117,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "local": {"drift": "feddyn", "proximal": 0.5},
     },
     "fedfm": {"method": {"name": "fedfm", "matching": 2.0}, "federation": {"rounds": 3}},
+    "head": {"method": {"name": "fedit"}, "adapters": {"head": "train"}},
+    "fl-games": {
+        "method": {"name": "fl-games", "buffer": 2, "box": 0.1},
+        "adapters": {"head": "train"},
+        "federation": {"participation": 1.0},
+        "local": {"optimizer": "sgd", "lr": 1.0, "clip": None},
+    },
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},
@@ -191,10 +207,24 @@ PLAIN: dict[str, dict[str, Any]] = {
         "method": {"name": "embracing-fl"},
         "federation": {"tiers": [{"layers": layers, "share": 1.0} for layers in (2, 1)]},
     },
+    "plain-fl-games": {
+        "method": {"name": "fl-games", "buffer": 1, "smooth": "terms", "box": 0.1},
+        "adapters": {"attention": [], "feed_forward": [], "head": "train", "head_start": "zero"},
+        "federation": {"participation": 1.0, "tiers": None},
+        "local": {"optimizer": "sgd", "lr": 1.0, "clip": None},
+    },
     "plain-scaffold": {
         "method": {"name": "fslora"},
         "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
         "federation": RANKS,
+    },
+    # With decay: blocks that a client does not train keep what they received all the same.
+    "fedbe": {
+        "method": {"name": "fedbe"},
+        "foundation": {"expand": {"blocks": 2}},
+        "adapters": {"attention": [], "feed_forward": []},
+        "local": {"weight_decay": 0.5},
+        "federation": {"tiers": [{"blocks": blocks, "share": 1.0} for blocks in (1, 1, 2)]},
     },
 }
 """On the Llama beside the OLMoE, without experts: every rank is a cluster of its own."""
@@ -211,6 +241,38 @@ BESIDE: dict[str, dict[str, Any]] = {
     },
 }
 """On the Llama, with adapter experts beside it, of which every one is a model of its own."""
+GROUPS: dict[str, Any] = {
+    "foundation": {"convert": {"experts": 4}},
+    "adapters": {"attention": [], "expert_training": "full"},
+    "federation": {"tiers": [{"top_k": width, "share": 1.0} for width in (4, 3, 1)]},
+}
+GROUPED: dict[str, dict[str, Any]] = {
+    "raffm": {**GROUPS, "method": {"name": "raffm"}, "local": {"weight_decay": 0.5}},
+    "raffm-random": {**GROUPS, "method": {"name": "raffm", "widths": "random", "missing": "zero"}},
+    # The second round is the router's.
+    "read-me": {**ON_READ_ME, "foundation": {"convert": CONVERT}, "local": {"weight_decay": 0.5}},
+}
+"""On the Llama, whose feed-forward blocks are cut into groups of channels, or into what is permanent and experts."""
+RANKED: dict[str, dict[str, Any]] = {
+    "mor": {
+        "method": {"name": "mor", "balance": "switch", "alpha": 0.1},
+        "adapters": {
+            "attention": [],
+            "moe": {"experts": 8, "width": 1, "top_k": 8, "linear": True, "shared": 3, "zero": 4},
+        },
+    },
+}
+"""On the Llama, with ranks beside it: linear experts, shared ones, and experts that add nothing."""
+IMAGES: dict[str, dict[str, Any]] = {
+    "fedmox": {
+        "data": {**DIGITS, "public": 0.05, "labels": "hidden", "form": {"kind": "low-resolution"}},
+        "adapters": {"attention": [], "moe": {"experts": 4, "width": 8, "top_k": 1, "gate": "straight-through"}},
+        "federation": {"tiers": None},
+        "method": {"name": "fedmox", "threshold": 0.2},
+        "server": {"lr": 0.5, "training": {"epochs": 0.5, "lr": 0.01, "warm_up": 1.0}},
+    },
+}
+"""On the ViT and the digits that come with it."""
 VIEWED: dict[str, dict[str, Any]] = {
     "bmsfed": {
         "method": {"name": "bmsfed", "threshold": 1.01},
@@ -226,9 +288,9 @@ ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_pro
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    model = "llama" if variant in PLAIN | BESIDE else "vit-rgb" if variant in VIEWED else None
+    model = "llama" if variant in PLAIN | BESIDE | GROUPED | RANKED else "vit" if variant in IMAGES else None
+    model = "vit-rgb" if variant in VIEWED else model
     dense = {} if model is None else {"foundation": {"path": str(root / model)}}
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(
-        root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | VIEWED | DEVICES)[variant], *changes
-    )
+    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | VIEWED | DEVICES)[variant]
+    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, own, *changes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 Adapters = dict[str, Tensor]
+HALVES = ("inner", "outer")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Settings:
     momentum: float = 0.0
     clip: float | None = None
     micro: int | None = None
+    linear: bool = False
+    shared: int = 0
+    zero: int = 0
+    by_sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Image:
     pixels: np.ndarray
     label: int
     targets: int = 1
+    score: float = 0.0
 
 
 Sample = Text | Image
@@ -76,12 +82,15 @@ class Task:
 
 @dataclass
 class Running:
-    """What the loops read and write while a client's samples pass; `scores` are the router logits since the last clearing."""
+    """What the loops read and write while a client's samples pass; `scores` are the router logits since the last clearing, and
+    `severities` the scores of the samples that they belong to."""
 
     adapters: Adapters
     active: int
     used: np.ndarray
     scores: dict[int, list[Tensor]] = field(default_factory=dict)
+    severities: dict[int, list[Tensor]] = field(default_factory=dict)
+    score: float = 0.0
 
 
 class DenseReference:
@@ -104,27 +113,42 @@ class DenseReference:
         """sum_m g_m(x) E_m(x), g the softmax over the client's k largest of z = W_R x, E(x) = V gelu(U x)."""
         run = self.running
         assert run is not None
-        z_TM = x_TD @ run.adapters[f"layers.{layer}.router.weight"].T
+        z_TM, told = self._logits(layer, x_TD, run), self.settings
+        run.severities.setdefault(layer, []).append(torch.full((len(x_TD),), run.score, dtype=torch.float64))
         run.scores.setdefault(layer, []).append(z_TM)
         y_TD = []
         for x_D, z_M in zip(x_TD, z_TM, strict=True):
             order = z_M.detach().argsort(descending=True).tolist()
             chosen = order[: run.active]
-            if run.active < self.settings.experts:
+            if run.active < told.experts + told.zero:
                 self.margin = min(self.margin, float((z_M[chosen[-1]] - z_M[order[run.active]]).detach()))
             total = sum(z_M[m].exp() for m in chosen)
             y_D = torch.zeros_like(x_D)
             for m in chosen:
+                if m >= told.experts:  # it has a part of the weights, and adds nothing
+                    continue
                 run.used[layer, m] += 1
                 key = f"layers.{layer}.experts.{m}"
-                y_D = y_D + z_M[m].exp() / total * self._expert(x_D, run.adapters, key)
+                y_D = y_D + z_M[m].exp() / total * self._expert(x_D, *(run.adapters[f"{key}.{name}.weight"] for name in HALVES))
+            for n in range(told.shared):
+                y_D = y_D + self._expert(x_D, *_own_rows(layer, n, run.adapters, told.shared))
             y_TD.append(y_D)
         return torch.stack(y_TD)
 
-    def _expert(self, x_D: Tensor, adapters: Adapters, key: str) -> Tensor:
-        h_H = adapters[f"{key}.inner.weight"] @ x_D
-        a_H = h_H * 0.5 * (1.0 + torch.erf(h_H / math.sqrt(2.0)))
-        return adapters[f"{key}.outer.weight"] @ a_H
+    def _logits(self, layer: int, x_TD: Tensor, run: Running) -> Tensor:
+        """z of every token; of one decision per sample (samples pass one at a time) the same for all."""
+        weight_MD = run.adapters[f"layers.{layer}.router.weight"]
+        if not self.settings.by_sample:
+            return x_TD @ weight_MD.T
+        z_M = weight_MD @ (x_TD.sum(0) / len(x_TD))
+        if f"layers.{layer}.router_score.weight" in run.adapters:
+            z_M = z_M + run.adapters[f"layers.{layer}.router_score.weight"][:, 0] * run.score
+        return z_M.expand(len(x_TD), -1)
+
+    def _expert(self, x_D: Tensor, inner_HD: Tensor, outer_DH: Tensor) -> Tensor:
+        h_H = inner_HD @ x_D
+        a_H = h_H if self.settings.linear else h_H * 0.5 * (1.0 + torch.erf(h_H / math.sqrt(2.0)))
+        return outer_DH @ a_H
 
     def loss(self, sample: Sample) -> Tensor:
         """Negative log-likelihood, summed over the targets of a sample."""
@@ -133,6 +157,8 @@ class DenseReference:
     def predictions(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Logits and labels of the targets of a sample."""
         if isinstance(sample, Image):
+            assert self.running is not None
+            self.running.score = sample.score
             logits = self.model(pixel_values=torch.from_numpy(np.array(sample.pixels)).double()[None]).logits
             return logits, torch.tensor([sample.label])
         tokens = torch.from_numpy(np.array(sample.tokens))
@@ -151,10 +177,14 @@ class DenseReference:
             if told.auxiliary == "global":
                 losses.append((mean_M * (mean_M / torch.from_numpy(target[layer])).log()).sum())
                 continue
-            slots_M = torch.zeros(told.experts, dtype=torch.float64)
+            if told.auxiliary == "degradation":
+                price_TM = torch.ones_like(z_TM)
+                price_TM[:, told.experts :] = torch.cat(run.severities[layer])[:, None]
+                mean_M = (z_TM.softmax(-1) * price_TM).mean(0)
+            slots_M = torch.zeros(told.experts + told.zero, dtype=torch.float64)
             for row in z_TM.detach().argsort(-1, descending=True)[:, : run.active]:
                 slots_M[row] += 1
-            balance = told.experts * (slots_M / slots_M.sum() * mean_M).sum()
+            balance = len(slots_M) * (slots_M / slots_M.sum() * mean_M).sum()
             if told.auxiliary == "adaptive":
                 spread = float(((slots_M - slots_M.mean()) ** 2).mean().sqrt() / slots_M.mean())
                 balance = balance * (1.0 + spread) * (told.top_k / run.active) ** told.gamma
@@ -200,6 +230,7 @@ class DenseReference:
         for first in range(0, len(samples), size):
             part = samples[first : first + size]
             run.scores.clear()
+            run.severities.clear()
             loss = torch.stack([self.loss(sample) for sample in part]).sum() / targets
             if self.settings.auxiliary != "none":
                 loss = loss + self.auxiliary(target) * sum(map(self._rows, part)) / rows
@@ -229,6 +260,14 @@ class DenseReference:
         """Mean loss per target with `active` experts per token."""
         self.running = Running(self.adapters, active, np.zeros((self.layers, self.settings.experts)))
         return sum(float(self.loss(sample)) for sample in samples) / sum(sample.targets for sample in samples)
+
+
+def _own_rows(layer: int, n: int, adapters: Adapters, shared: int) -> tuple[Tensor, Tensor]:
+    """U and V of a shared expert, which lie side by side."""
+    inner, outer = (adapters[f"layers.{layer}.shared_experts.{name}.weight"] for name in HALVES)
+    width = len(inner) // shared
+    own = slice(n * width, (n + 1) * width)
+    return inner[own], outer[:, own]
 
 
 class _Beside(nn.Module):

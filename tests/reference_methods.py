@@ -385,7 +385,7 @@ class FedVRA(FedProx):
 def remembered_key(key: str, word: str) -> str:
     """How the package calls what a client remembers of a block: `word` stands before the last words of the name."""
     parts = key.split(".")
-    place = 4 if parts[2] == "experts" else 3
+    place = 2 if parts[0] == "model" else 4 if parts[2] == "experts" else 3
     return ".".join([*parts[:place], word, *parts[place:]])
 
 

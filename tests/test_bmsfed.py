@@ -304,7 +304,7 @@ def test_an_expert_that_nobody_trains_keeps_its_bits(root: Path) -> None:
         ),
         (
             {"method": {"name": "split-mix"}},
-            r"^data\.form\.kind: grey-and-colour: images have 2 views, and the models of method split-mix read 1 view; use",
+            r"^data\.form\.kind: grey-and-colour: images have 2 views, and the models of method split-mix read 1 view; use ",
         ),
         (
             {"method": {"selection": "random", "threshold": 2.0}},

@@ -6,6 +6,7 @@ Legend: N rows, G groups, E experts, C clients, D model width, H expert width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def plain_bottleneck(x_ND: Tensor, inner_HD: Tensor, outer_DH: Tensor) -> Tensor
     return F.gelu(x_ND @ inner_HD.T) @ outer_DH.T
 
 
+def plain_linear(x_ND: Tensor, inner_HD: Tensor, outer_DH: Tensor) -> Tensor:
+    return x_ND @ inner_HD.T @ outer_DH.T
+
+
 def plain_own(x_ND: Tensor, w13_2HD: Tensor, w2_DH: Tensor) -> Tensor:
     gate_NH, up_NH = (x_ND @ w13_2HD.T).chunk(2, dim=-1)
     return (F.silu(gate_NH) * up_NH) @ w2_DH.T
@@ -41,6 +46,7 @@ def plain_own(x_ND: Tensor, w13_2HD: Tensor, w2_DH: Tensor) -> Tensor:
 
 KINDS: dict[str, tuple[Make, Plain, int]] = {
     "bottleneck": (BottleneckExperts, plain_bottleneck, 1),
+    "linear": (partial(BottleneckExperts, linear=True), plain_linear, 1),
     "own": (OwnExperts, plain_own, 2),
 }
 """How to make the experts, one expert's formula, and matrices side by side in the first product."""
@@ -111,6 +117,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 # Widths that torch's grouped kernel takes (it knows no float64), and odd ones that go through the loop.
 SHAPES = [
     pytest.param(16, 8, torch.float32, 1e-5, id="float32"),
+    pytest.param(16, 1, torch.float32, 1e-5, id="one wide"),
     pytest.param(7, 5, torch.float64, 1e-12, id="loop"),
 ]
 
@@ -171,8 +178,10 @@ def test_bfloat16_rows_with_float32_experts(kind: str, slot: int | None) -> None
         assert float((ours.double() - theirs).norm() / theirs.norm()) <= 0.02
 
 
-@pytest.mark.parametrize("hidden", [4, 8, 12, 16, 20])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "hidden"),
+    [*((kind, hidden) for kind in KINDS for hidden in (4, 8, 12, 16, 20)), ("linear", 1), ("linear", 3), ("bottleneck", 2)],
+)
 def test_bits_do_not_depend_on_the_experts_beside(kind: str, hidden: int) -> None:
     """A rank that holds some of the experts computes the bits of one that holds all: no loop over rows ends differently."""
     rows_EC = [[9], [1], [0], [4], [17], [2], [0], [5]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from capabilities import CAPABILITIES, FEATURES, MODES, covering, method_of, pairs
+from dense_inputs import write_dense
 from every import every
 from federations import alone, finish, make_config, run_alone, write_inputs
 from test_methods_resume import StopsAfter, start
@@ -56,6 +57,7 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("rows", "own models"), "drop what clients have of their own"),
         **dict.fromkeys(("synchronous", "deadline", "buffered"), "no device has time for that"),
     },
+    "ranks": {"router bias": "moves routers by how much experts are used, and these are not there to be used"},
     "attention": {"packing": "samples that lie end to end are attended to apart"},
 }
 """By two features, what the line says that refuses them."""
@@ -68,12 +70,15 @@ QUICK = (1, 3, 5, 7)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("capabilities")
+    write_dense(folder, ("llama",), (7, 6, 5, 4))
     write_inputs(folder, (7, 6, 5, 4), **MODEL)
     return folder
 
 
 def config_of(root: Path, name: str, features: Sequence[str], *changes: dict[str, Any]) -> Config:
-    return make_config(root, name, SMALL, *(MODES[one] for one in features if one in MODES), *changes)
+    # Ranks are experts beside a dense model.
+    beside = {"foundation": {"path": str(root / "llama")}} if "ranks" in features else {}
+    return make_config(root, name, SMALL, beside, *(MODES[one] for one in features if one in MODES), *changes)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_inputs import dense_config, write_dense
 from federations import alone, make_config, write_inputs
-from method_variants import BESIDE, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, variant_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -29,6 +29,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.server import BASE
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.model.lora_linear import ClientLoRALinear
 from fedmoe_ds.report import Progress
 
@@ -38,18 +39,18 @@ SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe"]
+KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe", "plain-fl-games"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
-OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *PLAIN) if variant not in KINDS]
+OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *RANKED, *IMAGES, *PLAIN, *GROUPED) if variant not in KINDS]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tensors")
-    write_dense(folder, ("llama",), samples=(5, 4, 3))
+    write_dense(folder, ("llama", "vit"), samples=(5, 4, 3))
     return folder
 
 
@@ -84,9 +85,12 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     (row, match) = found[0]
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
-    sizes["S"] = parts.spec.method.facts.sequences
-    if config.adapters.moe is not None:
-        sizes["W"] = config.adapters.moe.width
+    sizes |= {"S": parts.spec.method.facts.sequences, "V": parts.spec.method.facts.classes}
+    sizes["M"] = layout.num_experts + layout.zero
+    if (moe := config.adapters.moe) is not None:
+        sizes |= {"W": moe.width, "N": moe.width * moe.shared}
+    if (gate := pre_gate_of(parts.foundation.model)) is not None:
+        sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
     if "projection" in match.groupdict():
         widths = {m.projection.name: m.projection for m in parts.foundation.model.modules() if isinstance(m, ClientLoRALinear)}
         projection = widths[match["projection"]]
@@ -111,7 +115,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         # Level 0 has what everybody begins with, level 1 the clients that were trained.
         before, name = (
             (1 if "-00000-000-" in file else len(TRAINED),),
-            re.sub(r"(control|ewwa-first|ewwa-second)\.", "", name, count=1),
+            re.sub(r"(control|ewwa-first|ewwa-second|own|others-\d+)\.", "", name, count=1),
         )
         if name == "clients":
             return before, torch.int64
@@ -172,7 +176,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 25
+    assert len(ROWS) == 26
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 

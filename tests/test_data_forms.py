@@ -21,6 +21,7 @@ from fedmoe_ds.data.forms import FORMS, Dealt
 from fedmoe_ds.data.forms.colours import in_any_colours, painted
 from fedmoe_ds.data.forms.degraded import degraded, severities
 from fedmoe_ds.data.forms.grey_and_colour import grey_and_colour, hues
+from fedmoe_ds.data.forms.spurious_colour import inks, spurious_colour
 from fedmoe_ds.data.task import ImageInput
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.builtin.presets import PRESETS
@@ -29,6 +30,13 @@ FORM_KEYS = {key for key in DataFormConfig.model_fields if key != "kind"}
 OTHER: dict[str, list[dict[str, Any]]] = {
     "plain": [{}],
     "degraded": [{"kind": "degraded"}, {"blur": 2.0}, {"noise": 0.1}, {"skew": 0.9}],
+    "low-resolution": [{}],
+    "spurious-colour": [
+        {"kind": "spurious-colour"},
+        {"agreement": [0.5]},
+        {"holdout_agreement": 0.5},
+        {"tied_to": "class"},
+    ],
     "grey-and-colour": [{"kind": "grey-and-colour"}, {"spread": 0.1}],
 }
 """By kind: what each gives other data than the ones before it."""
@@ -110,6 +118,28 @@ def test_severities_have_a_clients_level(seed: int, skew: float, clients: int) -
     assert len(set(alike[given.client_N == NOBODY].tolist())) == np.count_nonzero(given.client_N == NOBODY)
 
 
+@pytest.mark.parametrize("tied_to", ["parity", "class"])
+def test_colours_agree_with_labels_as_often_as_the_environment_says(tied_to: str) -> None:
+    given = digits.split()[1]
+    client_N = np.arange(len(given)) % 4 - 1
+    form = DataFormConfig(kind="spurious-colour", agreement=[1.0, 0.7], holdout_agreement=0.1, tied_to=tied_to)
+    made = spurious_colour(Dealt(given.pixels_NCHW, given.labels_N, client_N, 3, 0), form)
+    assert made.scores_N is not None and set(made.scores_N.tolist()) == {0.0, 1.0}
+    share = [made.scores_N[client_N == client].mean() for client in (0, 2, 1, NOBODY)]
+    assert share[:2] == [1.0, 1.0] and share[2:] == pytest.approx([0.7, 0.1], abs=0.06)
+    # The ink is where grey is 1; paper is the same for all.
+    count = 2 if tied_to == "parity" else 10
+    inked = given.pixels_NCHW[:, 0] == 1.0
+    has = inked.any((1, 2))
+    place = inked.reshape(len(inked), -1).argmax(1)
+    seen_NC = made.pixels_NCHW.reshape(len(inked), 3, -1)[np.arange(len(inked)), :, place]
+    colour_N = np.abs(seen_NC[:, None] - inks(count)).sum(2).argmin(1)
+    agrees_N = colour_N == given.labels_N % count
+    assert has.mean() > 0.9 and np.array_equal(agrees_N[has], made.scores_N[has] == 1.0)
+    # Who does not agree has any other colour.
+    assert len(set((colour_N - given.labels_N)[has & ~agrees_N] % count)) == count - 1
+
+
 def test_two_views_share_the_class_and_nothing_else() -> None:
     """The shape in white on black; a blank whose colour is that of the class, as near as the spread says."""
     given = dealt(images=400)
@@ -148,6 +178,7 @@ def test_a_preset_that_sees_colours_has_been_trained_on_them() -> None:
     [
         ({"blur": 2.0}, "data.form.blur: 2.0: only data.form.kind=degraded has it, and it is plain"),
         ({"kind": "degarded"}, "degraded"),
+        ({"kind": "spurious-colour", "agreement": [0.9, 1.1]}, "data.form.agreement: 1.1: a probability"),
     ],
 )
 def test_keys_of_another_kind_are_refused(form: dict[str, Any], message: str) -> None:

@@ -66,6 +66,13 @@ IMAGES: dict[str, Any] = {
     "method": {"name": "fedit"},
     "adapters": {"attention": ["q_proj", "v_proj"], "feed_forward": ["fc1", "fc2"]},
 }
+# Six channels in a group: no multiple of 16 bytes, which bitwise mode would want.
+ALL_GROUPS: dict[str, Any] = {"federation": {"tiers": [{"share": 1.0}]}, "execution": {"reproducible": "fast"}}
+GROUPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {**LAYERS, "foundation": {"convert": {"experts": 8}}}),
+    "full": ("llama", {"method": {"name": "fedit"}, "adapters": {"expert_training": "full"}}),
+    "images": ("vit", {"data": DIGITS, "method": {"name": "raffm"}, "adapters": {"attention": [], "expert_training": "full"}}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +149,33 @@ def test_methods(root: Path, method: str, tmp_path: Path) -> None:
 def test_dense_models(root: Path, family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     config = configure(root, family, changes, family=family)
     check(config, random_run(config), tmp_path)
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_groups_of_channels(root: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are dense blocks again, whichever rows of a matrix are read together."""
+    monkeypatch.setattr(weight_stream, "BLOCK_BYTES", 1024)
+    family, changes = GROUPED[kind]
+    convert = {"foundation": {"convert": {"experts": 4}, "cache": str(root / "cache")}}
+    config = configure(root, f"groups-{kind}", ALL_GROUPS, convert, changes, family=family)
+    parts = random_run(config)
+    check(config, parts, tmp_path, alike=kind == "lora")  # a factor of a client, and none of a tier
+    told = json.loads((tmp_path / "0" / "config.json").read_text())
+    assert "channel_groups" not in told and told["intermediate_size"] == 48
+    run = open_run(run_folder(config))
+    with pytest.raises(UserError, match=r"groups of channels \(foundation.convert\) are parts of a block's matrices; use"):
+        export("peft", request(run, next(selections(run)), tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("method", ["raffm", "flame"])
+def test_a_sub_model_of_groups_is_refused(root: Path, method: str, tmp_path: Path) -> None:
+    few = {"federation": {"tiers": [{"top_k": 4, "share": 1.0}, {"top_k": 2, "share": 1.0}]}, "method": {"name": method}}
+    convert = {"foundation": {"convert": {"experts": 4}, "cache": str(root / "cache")}}
+    config = configure(root, f"groups-few-{method}", convert, {"adapters": {"expert_training": "full"}}, few, family="llama")
+    random_run(config)
+    run = open_run(run_folder(config))
+    with pytest.raises(UserError, match=r"^--format: merged: .*tier 2.* and no config.json can say that; export"):
+        export("merged", request(run, run.select("2"), tmp_path / "out"))
 
 
 def test_flora_after_two_rounds(root: Path, tmp_path: Path) -> None:

@@ -52,15 +52,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Hosted:
     """A dense model with adapter experts for two clients of unequal budgets, in one fused pass."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scored: bool = False, **forms: Any) -> None:
         self.foundation = load_foundation(folder, FoundationConfig(), 1, 0, "cpu")
         self.images = self.foundation.images
-        moe = MoEAdapterConfig(experts=EXPERTS, width=WIDTH, top_k=TOP_K)
+        moe = MoEAdapterConfig(**{"experts": EXPERTS, "width": WIDTH, "top_k": TOP_K} | forms)
         adapters = AdapterConfig(attention=[], moe=moe)
         places = adapter_layout(self.foundation.sites, moe, 1, 0)
-        blocks = adapter_blocks(self.foundation.model, places, adapters, None)
-        pool = Pool(None, 1, EXPERTS, len(CAPS), merge=True)
-        self.bank = Bank(blocks, EXPERTS, len(CAPS))
+        blocks = adapter_blocks(self.foundation.model, places, adapters, None, scored)
+        pool = Pool(None, 1, moe.experts, len(CAPS), merge=True)
+        self.bank = Bank(blocks, moe.experts, len(CAPS))
         self.execution = Execution(self.bank, pool, 1.0)
         start = initial_bank(self.foundation, blocks, 0, places.held)
         for name in self.bank.specs:
@@ -223,6 +223,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "switch": ("vit", {"method": {"auxiliary": "switch", "coefficient": 0.1}}),
     "images-global": ("vit", {"method": {"auxiliary": "global", "coefficient": 0.1}}),
     "none": ("vit", {"method": {"auxiliary": "none"}, "adapters": {"moe": {"width": 20}}}),
+    # With widths and numbers of rows that no rank has whole units of.
+    "ranks": (
+        "vit",
+        {
+            "method": {"name": "mor", "alpha": 0.1},
+            "adapters": {"moe": {"width": 1, "linear": True, "shared": 3, "zero": 3, "router_input": "sample"}},
+            "data": {"form": {"kind": "degraded"}},
+        },
+    ),
 }
 
 

@@ -26,8 +26,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from fedmoe_ds.config.adapters_section import AdapterConfig
 from fedmoe_ds.config.foundation_section import FoundationConfig
-from fedmoe_ds.config.schema import AdapterConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.data_form_section import DataFormConfig
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
@@ -43,21 +44,24 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
-adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
+adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k adapters.moe.linear
+adapters.moe.shared adapters.moe.zero adapters.moe.router_input adapters.moe.gate federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
-federation.tiers.clients federation.tiers.layers federation.tier_column
+federation.tiers.clients federation.tiers.layers federation.tiers.blocks federation.tier_column foundation.expand.blocks
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
 local.dual_step local.aggregation_step
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
+server.training.epochs server.training.lr server.training.warm_up
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
 devices.mix devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
 devices.over_selection devices.buffer devices.concurrency devices.staleness devices.max_staleness
 devices.profiles.like devices.profiles.flops_per_s devices.profiles.memory_bytes devices.profiles.down_bytes_per_s
 devices.profiles.up_bytes_per_s devices.profiles.joules_per_flop devices.profiles.joules_per_byte_sent
 devices.profiles.joules_per_byte_received devices.profiles.on devices.profiles.period_s
+privacy.clip privacy.noise_multiplier
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -72,7 +76,7 @@ foundation.pretrain.lr foundation.pretrain.threads topology.clusters topology.de
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight devices.target_perplexity devices.target_accuracy
-execution.activation_checkpointing execution.client_state_gib
+execution.activation_checkpointing execution.client_state_gib execution.owned_gib
 evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
@@ -88,6 +92,9 @@ ELSEWHERE = {
     "execution.moments_on": "fake_cuda/cases/rows_and_steps.py",
     "execution.expert_halves": "test_topologies.py",
     "foundation.trust_remote_code": "test_own_code.py",
+    **{f"foundation.convert.{key}": "test_channel_groups.py" for key in ("kind", "experts", "order")},
+    **{f"foundation.convert.{key}": "test_read_me.py" for key in ("permanent", "kept", "batches")},
+    **{f"foundation.convert.router_{key}": "test_read_me.py" for key in ("width", "layers", "steps", "lr")},
     "data.chat_template": "test_data_chat.py",
     "data.prompt.preset": "test_data_prompts.py",
     "data.prompt.preamble": "test_data_prompts.py",
@@ -99,8 +106,11 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
+    "data.public": "test_data_public.py",
+    "data.labels": "test_data_public.py",
     **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
+    **dict.fromkeys((f"privacy.{key}" for key in ("delta", "epsilon", "key_file")), "test_privacy.py"),
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -304,12 +314,23 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
         changed = {"moe": {"experts": 4, "width": 4, "top_k": 2}, "attention": base.adapters.attention}
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
+    elif key.startswith("server.training."):
+        here, old = "server.training", "None"
+        config = world.config({"data": {"public": 0.1}}, nested(key, another(key, KEYS[key], None)))
+    elif key.startswith("foundation.expand."):
+        # Not read: LoRA beside further layers is no configuration.
+        here, old = "foundation.expand", "None"
+        expanded = base.foundation.model_copy(update={"expand": ExpandConfig(blocks=1)})
+        config = base.model_copy(update={"foundation": expanded})
     elif key.startswith("devices."):
         here, old = "devices", "None"
         leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))
         own = {"profiles": {"laptop": {"like": "phone-mid", leaf: value}}} if ".profiles." in key else {leaf: value}
         changed = {"mix": {"laptop": 1.0}, **own}
         config = world.config({"devices": changed})
+    elif key.startswith("privacy."):
+        here, old, leaf = "privacy", "None", key.rpartition(".")[2]
+        config = world.config({"privacy": {"clip": 1.0, leaf: another(key, KEYS[key], value_at(base, key))}})
     else:
         here, old = key, str(value_at(world.parts.config, key))
         config = world.config(nested(key, another(key, KEYS[key], value_at(base, key))))
@@ -332,6 +353,16 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_forms_of_experts_count_and_earlier_checkpoints_have_none() -> None:
+    def settings(**forms: Any) -> dict[str, Any]:
+        tree = json.loads(Config.model_validate({"adapters": {"moe": {"experts": 4, **forms}}}).model_dump_json())
+        return of_settings(tree)["adapters"]  # type: ignore[no-any-return]
+
+    changed = [{"linear": True}, {"shared": 1}, {"zero": 1}, {"router_input": "sample"}]
+    assert every(settings(**forms) != settings() for forms in changed)
+    assert settings()["moe"] == {"experts": 4, "width": 16, "top_k": 4}, "as it was written before there were forms"
 
 
 def test_a_trace_counts_by_what_is_in_it() -> None:

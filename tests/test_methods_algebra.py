@@ -18,9 +18,9 @@ from torch import Tensor
 from fedmoe_ds.aggregation.lora_factors import Collection, FactorPair
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import Method, load_method
-from fedmoe_ds.methods.base import product_norms
 from fedmoe_ds.methods.fedrot_lora import _rotation, _softened
 from fedmoe_ds.methods.lora_fair import LoRAFair, Problem
+from fedmoe_ds.methods.product_norms import product_norms
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
 R = 4

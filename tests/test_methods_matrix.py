@@ -7,6 +7,7 @@ which every two choices meet; `make test-sweep` takes all methods, corrections, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,19 @@ import torch
 from dense_inputs import DIGITS, write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
+from read_me_inputs import CONVERT
 from reference import Adapters
 from reference_ensembles import ObservedSplitMix
 from reference_flex_moe import ObservedFlexMoE
 from reference_flux import ObservedFlux
+from reference_games import FLGames
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_objectives import ObservedBMSFed, ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
+from reference_raffm import RaFFM
+from reference_read_me import ReadMe as ObservedReadMe
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -57,8 +62,24 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 VIEWED = {"bmsfed"}
 ENSEMBLES = {"split-mix", "shefl"} | VIEWED
+RANKS: dict[str, Any] = {
+    "attention": ["q_proj"],
+    "moe": {"experts": 8, "width": 1, "top_k": 4, "linear": True, "shared": 2, "zero": 3},
+}
+"""What stands for `beside` where adapter experts are ranks."""
+EXPANDED = {"fedbe"}
+"""Of layers that a model has beside its own, without adapters: in `test_fedbe.py`."""
 ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
 """What stands for `beside` where every adapter expert is a model of its own."""
+GROUPED = {"raffm"}
+GROUPS: dict[str, Any] = {"attention": ["q_proj"], "expert_training": "full"}
+"""What stands for `full` where experts are groups of a dense block's channels."""
+GAME: dict[str, Any] = {
+    "adapters": {"head": "train"},
+    "federation": {"participation": 1.0},
+    "local": {"clip": None},
+}
+"""Of a game of all clients' heads."""
 IMAGES: dict[str, Any] = {
     "adapters": {"attention": [], "moe": {"experts": 2, "width": 8, "top_k": 1}},
     "federation": {"tiers": None},
@@ -107,6 +128,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
+    "mor": ({"balance": "switch"}, Told(FedIT, {})),
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
     "cc-fao": (
         {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
@@ -119,10 +141,15 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     ),
     # The second round of whoever was there in the first is reinforcement.
     "prism": ({"rho": 0.5, "horizon": 2}, Told(ObservedPRISM, {})),
+    # Of text nobody hides the labels.
+    "fedmox": ({}, Told(FedIT, {})),
+    "fl-games": ({"buffer": 2, "box": 0.3}, Told(FLGames, {"lr": LR, "buffer": 2, "box": 0.3})),
     "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
+    "raffm": ({"missing": "zero"}, Told(RaFFM, {"missing": "zero"})),
+    "read-me": ({}, Told(ObservedReadMe, {})),
     # A channel for everybody, all the time in the world: FedIT.
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
@@ -138,7 +165,7 @@ PAIRS = {
     "ffa-lora",
     "fedsa-lora",
 }
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg", "raffm"}
 NO_MEAN = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair", "local-only", "centralised"}
 
 
@@ -157,13 +184,16 @@ class Case(NamedTuple):
             or (self.method in NO_MEAN - {"local-only"} and self.drift in ("scaffold", "fedvra"))
             or (self.method == "local-only" and self.drift != "none")
             or (self.method == "cc-fao" and self.drift == "scaffold")
+            or (self.method == "fl-games" and (self.drift, self.server) != ("none", "fedavg"))
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method in ("fed-moe", "ub-smoe") and self.adapters in ("attention", "plain"))
             or (self.method == "flux" and self.adapters in ("attention", "beside", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
-            or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method in {"fft-moe", "mor"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method == "read-me" and self.adapters not in ("router", "full"))
+            or (self.method in GROUPED and self.adapters != "full")
             or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
             or (plain and self.sampling == "budget")
         )
@@ -176,13 +206,18 @@ class Case(NamedTuple):
         buys, budgets = ("rank", (4, 2, 1)) if plain else ("experts", (8, 3, 1))
         bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
         tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
+        own_beside = {**dict.fromkeys(ENSEMBLES, ALONE), "mor": RANKS} if self.adapters == "beside" else {}
+        adapters = own_beside.get(self.method, ADAPTERS[self.adapters])
+        grouped = self.method in GROUPED and self.adapters == "full"
+        adapters = GROUPS if grouped else adapters
         images = IMAGES if self.method in VIEWED and self.adapters == "beside" else {}
-        adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
         return [
             SMALL,
+            {"foundation": {"convert": {"experts": 4}}} if grouped else {},
             {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
+            GAME if self.method == "fl-games" else {},
             images,
         ]
 
@@ -230,14 +265,16 @@ def write_models(folder: Path) -> Path:
 
 
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
-    beside = "vit-rgb" if case.method in VIEWED else "llama"
-    model = {"beside": beside, "plain": "llama"}.get(case.adapters, "model")
+    made = {"read-me": {"convert": CONVERT}}.get(case.method, {})
+    model = "llama" if made or case.adapters in ("beside", "plain") or case.method in GROUPED else "model"
+    model = "vit-rgb" if case.method in VIEWED and case.adapters == "beside" else model
+    foundation = {"path": str(root / model), **made}
     name = "-".join([*case, tag]).replace(" ", "-")
-    return make_config(root, name, {"foundation": {"path": str(root / model)}}, *case.changes(), *changes)
+    return make_config(root, name, {"foundation": foundation}, *case.changes(), *changes)
 
 
 def test_every_combination_is_accepted_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(METHODS) == set(method_names())
+    assert set(METHODS) | EXPANDED == set(method_names())
     installed = registry.entry_points(group=registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: installed)  # looked up once, not a thousand times
     for case in EVERY:
@@ -289,12 +326,15 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all,
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all;
+# groups of channels are used by every row of those who hold them. Read-ME's tokens have one expert each (`test_read_me.py`),
 # and of two experts with a view each none is unused.
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe", *VIEWED)])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "read-me", "ub-smoe", *VIEWED)]
+)
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
-    adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"
+    adapters = "beside" if method in {"fft-moe", "mor"} | ENSEMBLES else "router"
     tier: dict[str, Any] = {"tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}], "participation": 1.0}
     if METHODS[method][1].buys == "rank":
         tier |= {"budget": "both"}
@@ -363,7 +403,7 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
         start["model.rescaler"] = torch.ones(1, dtype=torch.float64)
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
-    replay: Any = Replay(parts, LR, CLIP)
+    replay: Any = Replay(parts, LR, parts.config.local.clip or math.inf)
     more = {"pull": MU} if case.drift == "fedprox" else {}
     more |= {"dual": DUAL["dual_step"], "ahead": DUAL["aggregation_step"]}
     sizes = {client.index: client.samples for client in parts.clients}

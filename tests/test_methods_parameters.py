@@ -147,12 +147,20 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ub-smoe", {}, {"pseudo_gradient": "batch"}),
     ("ub-smoe", {}, {"pseudo_gradient": "none"}),
     ("ub-smoe", {"routing": "plain"}, {"momentum": 0.5}),
+    ("read-me", {}, {"router_every": 1}),
     ("split-mix", {}, {"deal": "first"}),
     ("shefl", {}, {"deal": "first"}),
     ("shefl", {}, {"kappa": 2.0}),
     ("shefl", {}, {"density": 0.5}),
     ("shefl", {}, {"upload": 1.0}),
     ("prism", {"rho": 1.0}, {"route": "reversed"}),
+    ("raffm", {}, {"widths": "random"}),
+    ("raffm", {}, {"missing": "zero"}),
+    ("mor", {"balance": "switch"}, {"balance": "none"}),
+    ("mor", {"balance": "switch"}, {"alpha": 0.5}),
+    ("mor", {"balance": "none"}, {"alpha": 0.5}),
+    ("fedmox", {}, {"threshold": 0.5}),
+    ("fedmox", {}, {"weight": 1.0}),
     ("bmsfed", {}, {"alpha": 3.0}),
     ("bmsfed", {}, {"threshold": math.inf}),
     ("bmsfed", {}, {"selection": "random"}),
@@ -200,7 +208,7 @@ def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
-        adapters = "beside" if name in {"fft-moe"} | ENSEMBLES else "router"
+        adapters = "beside" if name in {"fft-moe", "mor"} | ENSEMBLES else "router"
         case = case._replace(adapters=adapters)
     results = []
     rounds, slow = LONGER.get(name, (2, {}))

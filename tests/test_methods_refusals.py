@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg", "raffm"}
 UNEQUAL = {"hetlora", "flexlora", "flora", "florist", "fslora"}
 PAIRS = UNEQUAL | {"fedex-lora", "fedrot-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
 COLLECTING = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"}
@@ -32,8 +32,14 @@ VIEWS: dict[str, Any] = {
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "flex-moe": [{"adapters": {"router": "train"}}],
+    "read-me": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    "mor": [
+        MOE,
+        {"adapters": {"moe": {"linear": True}}, "method": {"balance": "switch"}, "execution": {"micro_batch_size": None}},
+    ],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(BASES)},
+    "raffm": [{"foundation": {"convert": {"experts": 4}}}],
     "bmsfed": [VIEWS],
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
@@ -71,17 +77,17 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe", "read-me"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
     "no router": (
-        {"flex-moe", "hfedmoe"},
+        {"flex-moe", "hfedmoe", "read-me"},
         {"adapters": {"router": "frozen"}},
         "adapters.router: frozen: method {} needs trained routers; use adapters.router=train",
     ),
     "what is asked of a whole step": (
-        {"hfedmoe", "fft-moe", "flood"},
+        {"hfedmoe", "fft-moe", "mor", "flood"},
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
@@ -101,7 +107,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
     ),
     "experts of dense blocks": (
-        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe", "read-me"},
         {"adapters": {"feed_forward": ["gate_proj"]}},
         "adapters.feed_forward: ['gate_proj']: method {} works on experts, and dense blocks have none; use a sparse model",
     ),
@@ -110,8 +116,13 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
         "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; use a",
     ),
+    "adapter experts beside channels": (
+        {"read-me"},
+        {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
+        "adapters.moe: method read-me trains experts that are made of the model's own channels; drop the section",
+    ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe", "bmsfed"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "mor", "flood", "fed-moe", "flex-moe", "bmsfed"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),

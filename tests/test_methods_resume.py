@@ -32,8 +32,9 @@ LONGER: dict[str, Any] = {"federation": {"rounds": 3}, "execution": {"clients_in
 PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
 SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
 SPARSE += ["fednova", "ewwa-fl", "cc-fao", "fedvra-rows", "fedex-lora", "embracing-fl", "fedfm"]
-PLANNED = ["fed-moe", "flex-moe", "ota-ffl", "wireless-fl", "ub-smoe", "shefl", "prism", "flux", "bmsfed"]
-STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold"]
+PLANNED = ["fed-moe", "flex-moe", "ota-ffl", "wireless-fl", "ub-smoe", "shefl", "prism", "flux", "raffm-random", "read-me"]
+PLANNED += ["scaffold-public", "fedmox", "fl-games", "bmsfed"]
+STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold", "fedbe"]
 TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE + PLANNED else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
 
@@ -69,7 +70,7 @@ def start(config: Config, runtime: Runtime, topology: Topology, resume: str) -> 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_dense(folder, ("llama", "vit-rgb"))
+    write_dense(folder, ("llama", "vit", "vit-rgb"))
     return folder
 
 
@@ -84,7 +85,8 @@ def stopped(root: Path) -> Path:
     for variant in STATEFUL:
         parts, journal = start(config_of(root, variant, "stopped"), *alone(), "never")
         first_round = len(parts.participants(1))
-        assert first_round == len(parts.participants(2)) == 5
+        # A game is one of all clients.
+        assert first_round == len(parts.participants(2)) == (6 if variant == "fl-games" else 5)
         parts.training_data = StopsAfter(parts, first_round + 3)
         outcome = Federation(parts, journal).run()
         journal.close()

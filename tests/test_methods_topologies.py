@@ -13,12 +13,13 @@ import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, leave_out
-from method_variants import BESIDE, DEVICES, PLAIN, VARIANTS, VIEWED, variant_config
+from method_variants import BESIDE, DEVICES, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, VIEWED, variant_config
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.flight import ClockState
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
+from fedmoe_ds.report.client_tables import COLUMNS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -56,7 +57,7 @@ def work(rank: int, root: Path, turns: dict[int, list[str]]) -> dict[tuple[str, 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_dense(folder, ("llama", "vit-rgb"))
+    write_dense(folder, ("llama", "vit", "vit-rgb"))
     return folder
 
 
@@ -64,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(root: Path) -> dict[str, Result]:
     return {
         variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone())
-        for variant in VARIANTS | BESIDE | VIEWED | PLAIN
+        for variant in VARIANTS | BESIDE | RANKED | IMAGES | VIEWED | PLAIN | GROUPED
     }
 
 
@@ -80,9 +81,12 @@ def test_methods_differ(single: dict[str, Result]) -> None:
         assert {event["status"] for event in reports if event["round"] <= 2} == {"ok"}, variant
         trained = [event["round"] for event in reports if event["round"] > 2 and event["status"] == "ok"]
         assert trained == [3], "one client in round 3, nobody in round 4"
-        most = 1 if variant in PLAIN | BESIDE | VIEWED else 8
+        ones = {"read-me"} | PLAIN.keys() | BESIDE.keys() | IMAGES.keys() | VIEWED.keys()
+        most = 1 if variant in ones else 4 if variant in GROUPED else 8
         before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == most)
         assert before != after, variant
+        # What is said of a client has its column where a round has too many of them for events.
+        assert set().union(*reports) - {"event", "time", "round"} <= COLUMNS["client"].keys(), variant
 
 
 def test_what_clients_do_differs_by_tier(single: dict[str, Result]) -> None:
@@ -128,7 +132,7 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
 
 
 # Neighbours in the table are kin (rescalers, drift corrections): on two ranks each kind meets both expert-parallel sizes.
-SHARED = [*VARIANTS, *BESIDE, *VIEWED, *DEVICES]
+SHARED = [*VARIANTS, *BESIDE, *RANKED, *IMAGES, *VIEWED, *DEVICES, *GROUPED]
 """Those whose experts can lie on several ranks."""
 SOME = {2: SHARED[::4], 1: [*SHARED[2::4], *list(PLAIN)[::2]]}
 ALTERNATELY = {2: SHARED[::2], 1: [*SHARED[1::2], *PLAIN]}

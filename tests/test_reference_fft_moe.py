@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dense_inputs import EXPERTS, TOP_K, dense_config, write_dense
@@ -33,6 +34,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "vit-adaptive": ("vit", {"auxiliary": "adaptive", "coefficient": 0.3}, {"clip": None}),
     "vit-global-sgd": ("vit", {"auxiliary": "global", "coefficient": 0.3}, SGD),
 }
+DEGRADED: dict[str, Any] = {"data": {"form": {"kind": "degraded"}}}
+FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "ranks": (
+        "vit",
+        {"linear": True, "width": 1, "shared": 3, "zero": 4, "router_input": "sample"},
+        {"name": "mor", "alpha": 0.3},
+        DEGRADED,
+    ),
+    "ranks-switch": ("vit", {"linear": True, "zero": 4}, {"name": "mor", "balance": "switch", "alpha": 0.3}, {}),
+    "text": ("llama", {"shared": 2, "zero": 3}, {"auxiliary": "switch", "coefficient": 0.3}, {}),
+    "by-sample": ("vit", {"width": 5, "shared": 1, "router_input": "sample"}, {"auxiliary": "adaptive"}, DEGRADED),
+}
+"""Forms of experts: model, section, method, data."""
 MICRO = {"llama-none-sgd": 3, "vit-none": 2}
 """The others' losses are no means over rows, and refuse micro-batches."""
 
@@ -47,7 +61,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples_of(data: Sequences) -> list[Sample]:
     if data.pixels is None or data.labels is None:
         return [Text(ids, mask) for ids, mask in zip(data.input_ids, data.loss_mask, strict=True)]
-    return [Image(pixels, int(label)) for pixels, label in zip(data.pixels, data.labels, strict=True)]
+    scores = np.zeros(len(data)) if data.scores is None else data.scores
+    return [Image(p, int(label), score=float(s)) for p, label, s in zip(data.pixels, data.labels, scores, strict=True)]
 
 
 def tasks(parts: Parts, round_index: int) -> list[Task]:
@@ -64,12 +79,27 @@ def tasks(parts: Parts, round_index: int) -> list[Task]:
 def test_same_rounds(root: Path, case: str) -> None:
     family, method, local = CASES[case]
     local = {"clip": 0.5, "eps": EPS, "lr": 5e-3, **local}
+    told = Settings(experts=EXPERTS, top_k=TOP_K, micro=MICRO.get(case), **method, **local)
+    compare(root, case, family, told, {"local": local, "method": method, "execution": {"micro_batch_size": MICRO.get(case)}})
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_forms_of_experts(root: Path, case: str) -> None:
+    family, moe, method, data = FORMS[case]
+    local = {"clip": 0.5, "eps": EPS, "lr": 5e-3}
+    auxiliary = method.get("auxiliary") or method.get("balance", "degradation")
+    weight = method.get("coefficient", method.get("alpha", 1e-2))
+    forms = {key: moe[key] for key in ("linear", "shared", "zero") if key in moe} | {"by_sample": "router_input" in moe}
+    told = Settings(experts=EXPERTS, top_k=TOP_K, auxiliary=auxiliary, coefficient=weight, **local, **forms)
+    compare(root, case, family, told, {"local": local, "method": method, "adapters": {"moe": moe}}, data)
+
+
+def compare(root: Path, case: str, family: str, told: Settings, *changes: dict[str, Any]) -> None:
+    """Two rounds of the package and of the reference: adapters, use of experts, and losses of every budget."""
     few = {"data": {"partition": {"clients": 3}}} if family == "vit" else {}
-    run = {"execution": {"micro_batch_size": MICRO.get(case)}, "evaluation": {"client_sequences": 0}}
-    config = dense_config(root, family, case, {"seed": 1, "local": local, "method": method}, few, run)
+    config = dense_config(root, family, case, {"seed": 1, "evaluation": {"client_sequences": 0}}, few, *changes)
     parts, journal = build(config, *alone())
     assert sorted(client.top_k for client in parts.clients) == [1, 2, 4]
-    told = Settings(experts=EXPERTS, top_k=TOP_K, micro=MICRO.get(case), **method, **local)
     start = initial(parts)
     assert not any(bool(value.any()) for key, value in start.items() if ".outer." in key)
     expected = DenseReference(root / family, told, start)

@@ -223,7 +223,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", sorted(set(method_names()) - {"fft-moe", "split-mix", "shefl", "bmsfed"}))
+@pytest.mark.parametrize("name", sorted(set(method_names()) - {"fft-moe", "mor", "split-mix", "shefl", "raffm", "bmsfed"}))
 def test_ours_on_two_ranks(name: str) -> None:
     """All that run on the tiny federation's own model, by their own names."""
     method = next(point.load() for point in entry_points(group=GROUP) if point.name == name)

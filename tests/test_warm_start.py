@@ -174,6 +174,10 @@ def test_adapter_experts_are_carried(tmp_path: Path) -> None:
         parts, _, rows = world.begun(f"top-{top_k}", world.folder("old"), moe, fewer)
         said = f"adapters.moe.top_k was 2 there and is {top_k} here, so it is another model at that budget"
         assert parts.start is not None and (said in parts.start.notes[0]) == (top_k != 2) == (rows[0].loss != last(old)["2"])
+    linear = {"adapters": {"moe": {"experts": 4, "width": 8, "top_k": 2, "linear": True}}}
+    parts, _, rows = world.begun("linear", world.folder("old"), moe, linear)
+    assert parts.start is not None and "adapters.moe.linear was false there and is true here" in parts.start.notes[0]
+    assert rows[0].loss != last(old)["2"]
     wider = {"adapters": {"moe": {"experts": 4, "width": 16, "top_k": 2}}}
     assert "shape (8, 32), and this run needs (16, 32)" in world.refusal(world.folder("old"), moe, wider)
     line = world.refusal(world.folder("old"), {"foundation": moe["foundation"]})

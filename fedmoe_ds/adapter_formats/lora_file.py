@@ -29,6 +29,8 @@ GATE_UP, DOWN = "experts.gate_up", "experts.down"
 """Our names of the pairs of an expert."""
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD_MODULE = "classifier"
+"""What transformers calls the head of an image classifier; PEFT keeps it whole (`modules_to_save`)."""
 TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 ReadTensor = Callable[[str], Tensor]
@@ -79,6 +81,12 @@ def lora_entries(fmt: Format, names: ModuleNames, blocks: Iterable[BlockSpec], e
                     yield from _of_expert(names, layer, e, a, b, rank)
             else:
                 yield from _fused(names, layer, experts, a, b, rank)
+
+
+def head_entry(block: BlockSpec) -> Entry:
+    """A tensor of a trained classifier, whole."""
+    key, leaf = block.key(block.layers[0]), block.name.rpartition(".")[2]
+    return Entry(f"{PREFIX}{HEAD_MODULE}.{leaf}", block.item, lambda read: read(key))
 
 
 def _single(

@@ -43,7 +43,7 @@ class _Partial(BaseModel):
 
     # Keys of a JSON object are text: these become indices of clients again.
     done: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Report]
-    activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [rel][0-9]{1,9}){0,3}$")], _Counts]
+    activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [relb][0-9]{1,9}){0,4}$")], _Counts]
     seconds: Annotated[float, Field(ge=0, le=1e15)]
 
 

@@ -5,12 +5,14 @@ Legend: L layers with experts, E experts of the model, N transformer layers of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -46,6 +48,8 @@ class Assignment:
         allowed_LE: bool, the experts that it may route to in every layer, or None for all.
         trained_LE: bool, the experts that it trains, or None for all: rows of the others only run forward.
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
+        trains_common: whether it trains what serves the whole model and belongs to no layer.
+        trains_head: whether it trains its head, where clients have one.
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
         pseudo: what experts' gradients are given for rows that did not use them, or None.
@@ -58,6 +62,8 @@ class Assignment:
         density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
         probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
             own, the gradient of the first step is looked at; None: no probe.
+        settle: what it makes of the numbers of that probe, [passes, ...]: bool [N], the transformer layers that it trains, in
+            the place of `trained_N`. For probes with passes of their own; the same on every rank of its cluster.
     """
 
     cap: int
@@ -67,6 +73,8 @@ class Assignment:
     allowed_LE: np.ndarray | None = None
     trained_LE: np.ndarray | None = None
     trained_N: np.ndarray | None = None
+    trains_common: bool = True
+    trains_head: bool = True
     samples: np.ndarray | None = None
     delay: int | None = None
     pseudo: PseudoGradient | None = None
@@ -75,11 +83,16 @@ class Assignment:
     views: tuple[int, ...] | None = None
     density: float | Fraction | None = None
     probe: tuple[np.ndarray, ...] | None = None
+    settle: Callable[[NDArray[np.float64]], NDArray[np.bool_]] | None = None
 
     @property
     def models(self) -> int:
         """How many models it trains side by side."""
         return 1 if self.members_MLE is None else len(self.members_MLE)
+
+    def settled(self, numbers: NDArray[np.float64]) -> Assignment:
+        """What the client does after its gradient probe has found these numbers."""
+        return self if self.settle is None else replace(self, trained_N=self.settle(numbers), settle=None)
 
     def allowed_by(self, member: int) -> np.ndarray | None:
         """Bool [L, E], the experts that a member's rows may be routed to, or None for all."""
@@ -103,8 +116,10 @@ class Assignment:
 
     @property
     def first_trained(self) -> int:
-        """The first layer that it trains; 0 where it trains all, or none."""
-        return 0 if self.trained_N is None else int(self.trained_N.argmax())
+        """The first layer that it trains; the one after the last where it trains none."""
+        if self.trained_N is None:
+            return 0
+        return int(self.trained_N.argmax()) if self.trained_N.any() else len(self.trained_N)
 
     def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
         """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""
@@ -115,13 +130,25 @@ class Assignment:
 
     def trains(self, spec: BlockSpec) -> np.ndarray | None:
         """Bool, to be broadcast over [L, E] of an expert block or [L] of a dense one: what the client trains; None for all."""
+        if spec.after_layers:
+            return None if self.trains_head else np.zeros(len(spec.layers), dtype=bool)
         experts_LE = self._trained_LE if spec.expert else None
-        if self.trained_N is None:
+        common = not self.trains_common and min(spec.layers, default=0) < 0
+        if self.trained_N is None and not common:
             return experts_LE
         # What serves the whole model belongs to no layer that could be left out.
-        layers_L = np.array([layer < 0 or bool(self.trained_N[layer]) for layer in spec.layers])
+        layers_L = np.array([self._trains_layer(layer) for layer in spec.layers])
         layers = layers_L[:, None] if spec.expert else layers_L
         return layers if experts_LE is None else experts_LE & layers
+
+    def _trains_layer(self, layer: int) -> bool:
+        return self.trains_common if layer < 0 else self.trained_N is None or bool(self.trained_N[layer])
+
+    @property
+    def all_trained(self) -> bool:
+        """Whether it trains all that there is to train."""
+        whole = self.trained_N is None and self.trained_LE is None and self.members_MLE is None
+        return whole and self.trains_common and self.trains_head
 
     @property
     def _trained_LE(self) -> np.ndarray | None:

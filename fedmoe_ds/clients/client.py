@@ -31,6 +31,7 @@ class Client:
         rank: LoRA rank that it trains.
         experts: experts per layer that one of its batches may train, or that it holds.
         layers: layers that it trains, the last ones, where a budget buys them; None: all.
+        blocks: further layers that it trains, where a budget buys these.
         used: of its sequences how many it trains on in a round; None: all.
         probed: sequences of its gradient probe before the first step.
         rollouts: forward passes of every row that it trains on, beside those of training: its device makes them, this machine
@@ -56,6 +57,7 @@ class Client:
     used: int | None = None
     probed: int = 0
     rollouts: int = 0
+    blocks: int | None = None
 
     @property
     def trained_sequences(self) -> int:
@@ -69,7 +71,7 @@ class Client:
 
     @property
     def budget(self) -> Budget:
-        return self.top_k, self.rank, self.experts, self.layers or 0
+        return self.top_k, self.rank, self.experts, self.layers or 0, self.blocks or 0
 
 
 Ints = NDArray[np.int64]
@@ -120,6 +122,7 @@ class Population(Sequence[Client]):
             tier=tier.label,
             rows=int(counts["token_rows"][index]),
             layers=tier.layers,
+            blocks=tier.blocks,
         )
 
     def __eq__(self, other: object) -> bool:

@@ -8,8 +8,8 @@ computed from a `ClientView` per (layer, expert) or per layer is therefore compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class ClientView:
         client_state: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
         past: the adapters that a client with a delay started from, of the blocks that rounds change; None: from `start`.
         first_expert: global id of the first expert that this rank holds.
+        starts: what the method lets the client start from, by block, in the place of what it receives.
     """
 
     client: Client
@@ -41,6 +42,7 @@ class ClientView:
     client_state: dict[str, Tensor]
     past: Bank | None = None
     first_expert: int = 0
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
         """The blocks that this rank holds for the client; by default those that it trains."""
@@ -63,12 +65,19 @@ class ClientView:
 
     def received(self, spec: BlockSpec) -> Tensor:
         """Same shape: what the client started the round from (rows that it does not hold are zero)."""
+        if spec.name in self.starts:
+            return self.starts[spec.name]
         # The past has no blocks that nobody trains: a late client has the present ones.
         source = self.past if self.past is not None and spec.name in self.past else self.start
         value = source.client(spec.name, 0)
         mask = self.assignment.mask(spec, value.device)
         # What a client of lower rank never got is no part of its start: differences to it are zero in those rows.
         return value if mask is None else torch.where(mask, value, 0.0)
+
+    def starts_elsewhere(self, spec: BlockSpec) -> bool:
+        """Whether `received` is not the global value of the round."""
+        rows = self.assignment.rows_R is not None and spec.pair is not None
+        return rows or self.past is not None or spec.name in self.starts
 
     def clear_untrained(self) -> None:
         """Set the gradients of what the client does not train to zero: they count in no norm."""
@@ -94,8 +103,7 @@ class ClientView:
 
     def _untrained(self) -> Iterator[tuple[BlockSpec, Tensor]]:
         """Trained blocks of which the client trains some, and bool [L, 1, ...] or [L, E, 1, ...], what it does not."""
-        assignment = self.assignment
-        if assignment.trained_N is None and assignment.trained_LE is None and assignment.members_MLE is None:
+        if self.assignment.all_trained:
             return
         for spec in self.blocks():
             if (untrained := self.untrained(spec)) is not None:

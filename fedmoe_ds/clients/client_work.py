@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import ImageInput, Sequences
-from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_bank import HEAD, Bank
 from fedmoe_ds.model.adapter_dropout import Address
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.objective import Asked, LocalStep, Objective, Sums
@@ -40,6 +41,7 @@ class ClientWork:
         summed: those of its objective.
         offered: of the running step, where the client has pseudo-gradients: [3, L, E] float64, rows of every expert, and its
             router probabilities (`routed_forward.offered`).
+        taught: by (step, pass of the step), what the received model has said of its targets (`clients/teaching.py`).
         probing: whether its steps are the passes of a gradient probe, of which nothing is learnt.
     """
 
@@ -60,6 +62,7 @@ class ClientWork:
     observed: dict[str, Tensor] = field(default_factory=dict)
     summed: Sums = field(default_factory=dict)
     offered: Tensor | None = None
+    taught: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     probing: bool = False
 
     def micro_batches(self, step: int) -> int:
@@ -145,18 +148,23 @@ def asked_of(
     for work, part, count in zip(works, rows, targets, strict=True):
         chosen, _ = work.chosen(*place)
         sample_N = np.repeat(np.tile(chosen, len(part.masks)), part.targets_of_samples)
-        found.append(Asked(objectives.get(work.slot, Objective()), sample_N, work.local_step(place[0], count)))
+        step, taught_N = work.local_step(place[0], count), work.taught.get(place)
+        found.append(Asked(objectives.get(work.slot, Objective()), sample_N, step, taught_N))
     return found
 
 
 def first_trained(everyone: list[ClientWork], bank: Bank) -> int:
     """The first layer that one of these clients trains, those of other ranks among them: no gradient is needed before it."""
     first = min((work.assignment.first_trained for work in everyone), default=0)
-    if first == 0:
+    if first == 0 and HEAD not in bank:
         return 0
-    layers = [layer for spec in bank.specs.values() if spec.trained for layer in spec.layers]
-    # What serves the whole model is of layer -1: its gradient comes through all layers. A loss without any has no graph.
-    return 0 if min(layers) < 0 else min(first, max(layers))
+    trained = [spec for spec in bank.specs.values() if spec.trained]
+    layers = [layer for spec in trained if not spec.after_layers for layer in spec.layers]
+    if not layers:  # heads alone
+        return sys.maxsize
+    # What serves the whole model is of layer -1: its gradient comes through all layers. A loss without any has no graph, but
+    # that of a trained head begins after them.
+    return 0 if min(layers) < 0 else first if HEAD in bank else min(first, max(layers))
 
 
 def read_losses(works: list[ClientWork]) -> None:

@@ -4,9 +4,9 @@ A probe is a few passes, forward and backward, over samples that the method name
 After each, the squared norms of the gradient come together on all ranks of the cluster, per block, layer and expert; the method
 makes its numbers of them, and the gradient is cleared. A pass is that of training with plain cross-entropy, and with the
 auxiliary losses that the configuration names: every expert and layer has a gradient, nothing is dropped out, and of what the
-method observes or minimises nothing is asked. The light form has no pass of its own: it takes the gradient of the first local
-step, of what the method minimises, before pseudo-gradients and corrections of drift; where the client trains nothing it is
-zero.
+method observes or minimises nothing is asked. Which layers a client trains may follow from it (`Assignment.settle`). The light
+form has no pass of its own: it takes the gradient of the first local step, of what the method minimises, before
+pseudo-gradients and corrections of drift; where the client trains nothing it is zero.
 
 A squared norm is a sum over one item of one client, and kernels keep the rows of clients apart, so a probe's numbers depend on
 the client alone: not a bit follows from who shares its wave, or on how many ranks the experts lie.
@@ -74,6 +74,9 @@ class GradientProbe:
             self._take([work for home in self.probing for work in home if step < len(work.batches)])
             self.execution.bank.zero_grad()
         self.execution.wave = training
+        for work in (work for home in self.works for work in home if work.assignment.settle is not None):
+            # Every rank of the cluster knows the numbers, so all go on with one assignment.
+            work.assignment = work.assignment.settled(np.stack(self.numbers[pool.wave_slot(work.home, work.slot)]))
 
     def look(self, step: int) -> None:
         """Take the gradients of the first local step, before it is taken, of clients without passes of their own."""
@@ -119,7 +122,7 @@ def _probing(work: ClientWork, cut: Cut) -> ClientWork:
     """A client's probe, as if its passes were steps."""
     samples = list(work.assignment.probe or ())
     # All experts and layers have a gradient, also those that it is told not to train.
-    everything = replace(work.assignment, trained_LE=None, trained_N=None)
+    everything = replace(work.assignment, trained_LE=None, trained_N=None, trains_common=True, trains_head=True)
     place, cuts = (work.home, work.slot), cut(work.client.index, samples)
     return ClientWork(work.client, *place, everything, samples, *cuts, work.round_index, work.lr, work.data, probing=True)
 

@@ -51,8 +51,11 @@ class LocalTrainingHooks:
             for everybody.
         sums: names and shapes of what objectives sum up.
         whole_steps: whether an objective needs all targets of a client's step at once.
+        teaches: whether objectives ask the received model before the first step (the same on all ranks).
         complete: add to the gradients of the clients that take a step, before `adjust`; collective over the cluster.
+        start: by block, what a client starts from in the place of what it receives; None: everybody from that.
         adjust: change the gradients of a step in place, before clipping.
+        project: change values in place, after a step.
         reduce_probe: squared norms of the gradient after a pass of a client's probe, by block -> the method's numbers.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
@@ -69,7 +72,10 @@ class LocalTrainingHooks:
     objective: Callable[[Client, Assignment], Objective | None] | None = None
     sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     whole_steps: bool = False
+    teaches: bool = False
     complete: Callable[[Sequence[tuple[ClientWork, ClientView]], Pool], None] = lambda training, pool: None
+    start: Callable[[ClientView], Mapping[str, Tensor]] | None = None
+    project: Callable[[ClientView], None] | None = None
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     reduce_probe: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]] = _nobody_probes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,10 +25,12 @@ from fedmoe_ds.clients.client_work import ClientWork, asked_of, first_trained, r
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.gradient_probe import GradientProbe
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
+from fedmoe_ds.clients.in_training import in_training
 from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
 from fedmoe_ds.clients.out_of_memory import is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
+from fedmoe_ds.clients.teaching import OnePass, Teaching
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
@@ -35,7 +38,6 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.objective import add_sums
 from fedmoe_ds.model.pass_context import InTraining
-from fedmoe_ds.model.scale_factors import ScaleFactors
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
@@ -117,7 +119,15 @@ class WaveTrainer:
         try:
             cut = partial(limits.cut, configured=self.micro, packing=self.packing)
             probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
-            for step in range(max((len(w.batches) for home in works for w in home), default=0)):
+            # A probe may have settled which layers its client trains.
+            views = [
+                [replace(v, assignment=w.assignment) for w, v in zip(*home, strict=True)]
+                for home in zip(works, views, strict=True)
+            ]
+            steps = max((len(w.batches) for home in works for w in home), default=0)
+            if self.hooks.teaches:
+                Teaching(self.model, self._factors).run(steps, lambda step, run: self._each_pass(step, works, limits, run))
+            for step in range(steps):
                 self._forward_backward(step, works, counts, limits)
                 probe.look(step)
                 self.timer.lap("passes")
@@ -152,7 +162,8 @@ class WaveTrainer:
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
         past = self.hooks.past(work.assignment.delay, work.round_index)
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
+        view = ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
+        return view if self.hooks.start is None else replace(view, starts=self.hooks.start(view))
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -166,49 +177,27 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
+                elif view.starts_elsewhere(spec):
                     view.value(spec).copy_(view.received(spec))
-        self.execution.wave = self._in_training(works)
-
-    def _in_training(self, works: list[list[ClientWork]]) -> InTraining:
-        factors = [1.0] * self.pool.wave_clients
-        for shard, mine in enumerate(works):
-            for work in mine:
-                factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
-        plain = all(factor == 1.0 for factor in factors)
-        mine = works[self.shard]
-        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in mine}
-        trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
-        # A client of another rank that trains some of its experts makes this rank take the second trip, too.
-        some = any(work.assignment.trained_LE is not None for home in works for work in home)
-        ask = self.hooks.objective
-        objectives = {} if ask is None else {work.slot: ask(work.client, work.assignment) for work in mine}
-        return InTraining(
-            {slot: observer for slot, observer in found.items() if observer is not None},
-            self.hooks.selective or some,
-            None if plain else ScaleFactors(factors),
-            None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
-            {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
-            objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
-            whole_steps=self.hooks.whole_steps,
-            offers=frozenset(work.slot for work in mine if work.assignment.pseudo is not None),
-            attends=any(observer is not None and observer.attended is not None for observer in found.values()),
-        )
+        self.execution.wave = in_training(works, self.shard, self.hooks, self.pool, self.bank.device)
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
+        self._each_pass(step, works, limits, partial(self._run, counts=counts))
+
+    def _each_pass(self, step: int, works: list[list[ClientWork]], limits: PassLimits, run: OnePass) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         # Unless they share passes, the same slot on all ranks at a time: a rank's rows are then one client's (see `make_plan`).
         merge = self.pool.merge
         for slots in limits.groups(step, works) if merge else [[slot] for slot in range(self.pool.home_clients)]:
             here = [work for home in works for work in home if work.slot in slots]
             for micro in range(max((w.micro_batches(step) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, None if merge else slots[0], counts)
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, None if merge else slots[0], run)
 
-    def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, run: OnePass) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
-        works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
+            works = [work for work in everyone if work.data is not None]
+            run(works, step, micro, slot, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -217,7 +206,7 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, first_layer: int, counts: Counts) -> None:
         images = self.model.foundation.images
         rows = [work.rows(step, micro, images) for work in works]
         batch = self.model.batch(rows)
@@ -270,6 +259,8 @@ class WaveTrainer:
         self.optimizer.step_all(steps, norms_C)
         for _, view in training:
             view.restore_untrained()
+            if self.hooks.project is not None:
+                self.hooks.project(view)
 
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float

@@ -1,7 +1,7 @@
 """Budget tiers: what a client's budget buys, and what outputs call it.
 
-A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks, experts or layers, these are said too:
-`4 r2` trains two LoRA rows, `4 e8` eight experts per batch or layer, `4 l2` the last two layers.
+A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks, experts, layers or blocks, these are said:
+`4 r2` trains two LoRA rows, `4 e8` eight experts per batch or layer, `4 l2` the last two layers, `1 b2` two further layers.
 
 Clients come to their tiers in one of three ways: by the tiers' shares, dealt in random order; by name (`clients` of a tier);
 or by a column of the data that holds the label of their tier.
@@ -17,18 +17,21 @@ from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data.groups import group_name
 from fedmoe_ds.errors import UserError
 
-BudgetKind = Literal["top_k", "rank", "experts", "layers"]
-"""What a method spends a budget on: active experts per token, LoRA rank, experts trained per batch or held, layers trained."""
+BudgetKind = Literal["top_k", "rank", "experts", "layers", "blocks"]
+"""What a method spends a budget on: active experts per token, LoRA rank, experts trained per batch or held, layers trained, the
+last ones, or of further layers (`foundation.expand`) some."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer, the layers."""
+    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer, the layers, and
+    further ones."""
 
     top_k: int
     rank: int
     experts: int
     layers: int
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ class Tier:
     label: str = ""
     clients: tuple[str, ...] = ()
     layers: int | None = None
+    blocks: int | None = None
 
     @property
     def budget(self) -> Budget:
-        return self.top_k, self.rank, self.experts, self.layers or 0
+        return self.top_k, self.rank, self.experts, self.layers or 0, self.blocks or 0
 
 
 def default_tiers(top_k: int) -> list[TierConfig]:
@@ -72,7 +76,8 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
     for i, tier in enumerate(given):
         # Refused and not cut: the run would otherwise report a budget that no client had.
         limits = (("top_k", full.top_k, "activates", "experts per token"), ("rank", full.rank, "has", "LoRA rows"),
-                  ("experts", full.experts, "has", "experts per layer"), ("layers", full.layers, "has", "layers"))  # fmt: skip
+                  ("experts", full.experts, "has", "experts per layer"), ("layers", full.layers, "has", "layers"),
+                  ("blocks", full.blocks, "has", "further layers"))  # fmt: skip
         for key, most, verb, unit in limits:
             value = getattr(tier, key)
             if value is not None and value > most:
@@ -98,6 +103,7 @@ def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
         experts=experts if spends == "experts" else full.experts,
         clients=tuple(group_name(name) or name for name in tier.clients or ()),
         layers=(tier.layers or max(1, int(full.layers * share))) if spends == "layers" else None,
+        blocks=(tier.blocks or max(1, int(full.blocks * share))) if spends == "blocks" else None,
     )
 
 
@@ -126,14 +132,14 @@ def _check_dealing(config: FederationConfig) -> None:
                 raise UserError(f"federation.tiers.{i}.clients: {name}: tier {other} names it, too; leave it in one of them")
 
 
-Budget = tuple[int, int, int, int]
-"""(top-k, LoRA rank, experts, layers): what tells tiers apart. A larger budget compares as larger.
+Budget = tuple[int, int, int, int, int]
+"""(top-k, LoRA rank, experts, layers, blocks): what tells tiers apart. A larger budget compares as larger.
 
-Layers are 0 where no budget buys them."""
+Layers and blocks are 0 where no budget buys them."""
 
 
-_LETTERS = "rel"
-"""What a label says of LoRA rows, experts and layers; in the order of a budget."""
+_LETTERS = "relb"
+"""What a label says of LoRA rows, experts, layers and blocks; in the order of a budget."""
 
 
 def tier_labels(budgets: Iterable[Budget]) -> dict[Budget, str]:

@@ -1,5 +1,6 @@
 """The configuration of a run: the tree of its keys, loading it from YAML, and the reference of all keys."""
 
+from fedmoe_ds.config.adapters_section import AdapterConfig, MoEAdapterConfig
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.devices_section import TARGETS, DevicesConfig, ProfileConfig
@@ -10,17 +11,15 @@ from fedmoe_ds.config.loading import config_of, dump_config, load_config, with_o
 from fedmoe_ds.config.local_section import LocalConfig
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
-    AdapterConfig,
     Config,
     ExecutionConfig,
     FederationConfig,
     MethodConfig,
-    MoEAdapterConfig,
-    ServerConfig,
     TierConfig,
     TopologyConfig,
 )
 from fedmoe_ds.config.section import Section
+from fedmoe_ds.config.server_section import ServerConfig
 from fedmoe_ds.config.shipped import find_config
 
 __all__ = [

@@ -50,6 +50,15 @@ class DataConfig(Section):
     max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    public: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what the global hold-out leaves that the server alone has (server.training)",
+    )
+    labels: Literal["shown", "hidden"] = Field(
+        "shown", description="images: whether clients know the classes of what they train on; evaluation always does"
+    )
     validation: str | list[str] | None = Field(
         None,
         description="the global hold-out in place of a drawn one: files as in `source`, or another split of the same data set",

@@ -11,75 +11,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedmoe_ds.config.adapters_section import AdapterConfig
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.config.devices_section import DevicesConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig, problem_of_best
 from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.config.local_section import LocalConfig, problem_of_drift
+from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.config.section import Section
-
-
-class MoEAdapterConfig(Section):
-    """Adapter experts beside every feed-forward block of a dense foundation (FFT-MoE)."""
-
-    experts: int = Field(8, ge=1, description="M, experts per block; divisible by ep_size")
-    width: int = Field(16, ge=1, description="bottleneck width of an expert")
-    top_k: int = Field(4, ge=1, description="most active experts per token: the largest budget")
-
-
-class AdapterConfig(Section):
-    """What a client trains: LoRA on experts, attention or a dense feed-forward block, the router, whole adapter experts."""
-
-    rank: int = Field(8, ge=1, description="LoRA rank R")
-    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    experts: bool = Field(
-        True, description="train every expert's gate_up and down projection; where a dense foundation has none, false is meant"
-    )
-    expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="LoRA dropout on the input of adapters of projections, in steps of 1/65536; not on experts"
-    )
-    attention: list[str] = Field(
-        ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
-    )
-    feed_forward: list[str] = Field(
-        default_factory=list,
-        description="feed-forward projections of a dense foundation with LoRA: gate_proj, up_proj, down_proj (ViT: fc1, fc2)",
-    )
-    router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
-    moe: MoEAdapterConfig | None = Field(
-        None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
-    )
-    start: str | None = Field(
-        None,
-        min_length=1,
-        description="what the global adapters begin as: a run, a checkpoint of one, or a folder with a LoRA of PEFT's "
-        "(docs/results.md); null: A drawn, B zero",
-    )
-
-    @property
-    def projections(self) -> list[str]:
-        """All projections with LoRA, by name."""
-        return [*self.attention, *self.feed_forward]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _adapter_experts_take_the_place_of_lora(cls, given: Any) -> Any:
-        """FFT-MoE trains experts and router "in place of LoRA": attention gets some only where it is asked for."""
-        if isinstance(given, dict) and given.get("moe") is not None:
-            # Before validation: afterwards nobody could tell a default from the same value given by the user.
-            return {"attention": [], **given}
-        return given
-
-    @model_validator(mode="after")
-    def _check_expert_training(self) -> AdapterConfig:
-        if self.moe is not None and not self.experts:
-            # A key that could have no effect is refused: silence would let a user believe in it.
-            raise ValueError("adapters.experts: false: adapters.moe adds experts, and they are trained; use true, or drop moe")
-        if self.expert_training == "full" and (self.moe is not None or not self.experts):
-            why = "adapter experts are always trained whole" if self.moe is not None else "adapters.experts is false"
-            raise ValueError(f"adapters.expert_training: full: {why}; drop the key")
-        return self
+from fedmoe_ds.config.server_section import ServerConfig
 
 
 class TopologyConfig(Section):
@@ -125,6 +65,9 @@ class TierConfig(Section):
         "averaged (Split-Mix, SHEFL); default E * top_k / K",
     )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
+    blocks: int | None = Field(
+        None, ge=1, description="layers of foundation.expand that are trained (FedBE); default G * top_k / K"
+    )
 
 
 class FederationConfig(Section):
@@ -148,16 +91,6 @@ class FederationConfig(Section):
     tier_column: str | None = Field(
         None, description="column of the data that holds each client's tier, as outputs call it (4, or 4 r2); natural partition"
     )
-
-
-class ServerConfig(Section):
-    """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
-
-    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"] = "fedavg"
-    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for those that are adaptive")
-    beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi, fedams)")
-    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
 
 
 class MethodConfig(BaseModel):
@@ -195,6 +128,12 @@ class ExecutionConfig(Section):
         description="GiB of what clients keep for themselves (personal adapters, control or dual variables) in a rank's "
         "memory; more lies in mapped files without a name below foundation.cache",
     )
+    owned_gib: float = Field(
+        4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="most GiB that a client in flight may hold of whole layers (foundation.expand): values, gradients, moments",
+    )
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "
@@ -222,6 +161,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     data: DataConfig = DataConfig()
     devices: DevicesConfig = DevicesConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -235,13 +175,36 @@ class Config(Section):
             raise ValueError(f"{name}: a run's name is a folder; use letters, digits, '.', '_' and '-'")
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _further_layers_take_the_place_of_lora(cls, given: Any) -> Any:
+        """As adapter experts do: attention gets LoRA only where it is asked for, which is refused below."""
+        if not isinstance(given, dict) or not isinstance(given.get("foundation"), dict):
+            return given
+        adapters = given.get("adapters", {})
+        if given["foundation"].get("expand") is None or not isinstance(adapters, dict):
+            return given
+        return {**given, "adapters": {"attention": [], **adapters}}
+
+    @model_validator(mode="after")
+    def _check_expansion(self) -> Config:
+        if self.foundation.expand is not None and (self.adapters.projections or self.adapters.moe is not None):
+            key = "moe" if self.adapters.moe is not None else "attention" if self.adapters.attention else "feed_forward"
+            raise ValueError(
+                f"adapters.{key}: foundation.expand trains its layers alone, all others stay as they are; drop one of the two"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_trainables(self) -> Config:
         adapters = self.adapters
-        if not adapters.experts and not adapters.projections and adapters.router == "frozen":
+        if self.foundation.expand is not None:
+            return self
+        frozen = adapters.router == "frozen" and adapters.head == "frozen"
+        if not adapters.experts and not adapters.projections and frozen:
             raise ValueError(
-                "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or "
-                "router=train"
+                "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or use "
+                "router=train or head=train"
             )
         # Of a hosted mixture top_k is compared with the model, which is not known yet.
         if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:
@@ -254,6 +217,18 @@ class Config(Section):
     def _check_drift(self) -> Config:
         if (problem := problem_of_drift(self.local)) is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_public(self) -> Config:
+        public, training = self.data.public, self.server.training
+        if training is not None and public == 0:
+            raise ValueError("server.training: trains on the public split, and data.public is 0; give it a share, or drop it")
+        if training is None and public > 0:
+            raise ValueError(
+                f"data.public: {public}: only the server would have these samples, and it does not train; add server.training "
+                "({epochs: 0} to leave them aside), or drop the key"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ Legend: C clients, S labels that are shown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,26 @@ Ints = NDArray[np.int64]
 FILE = "clients.arrow"
 _COUNTS, _TIER = "units_of_label", "tier"
 _INLINE_TIERS = "tiers"
+_PER_CLIENT = ("names", "samples", "train_tokens", "train_rows", "counts_CS", "tiers")
 
 
 def write_clients(prepared: Prepared, path: Path) -> None:
     """Write the columns. Raises OSError."""
     # Owners lie in pairs, train then hold-out; the global hold-out is the last one.
     train, ends_C2 = prepared.owned, prepared.owned.bounds[1:-1].reshape(-1, 2)
-    columns: dict[str, Any] = {"name": pa.array(prepared.names, pa.string())}
+    # The public split has a row as well, the last: what is counted of it is what lies there.
+    beside = len(ends_C2) - len(prepared.names)
+    columns: dict[str, Any] = {"name": pa.array([*prepared.names, *[""] * beside], pa.string())}
     columns |= {"train_end": pa.array(ends_C2[:, 0]), "holdout_end": pa.array(ends_C2[:, 1])}
     for name, counts in (("train_tokens", prepared.content.targets_N()), ("train_rows", prepared.content.rows_N())):
         columns[name] = pa.array(train.totals_P(counts)[:-1:2])
     # In the narrowest type: most counts of many labels are zeros and ones.
-    counts = prepared.counts_CS.reshape(-1).astype(np.min_scalar_type(prepared.counts_CS.max(initial=0)))
+    counts_CS = np.pad(prepared.counts_CS, ((0, beside), (0, 0)))
+    counts = counts_CS.reshape(-1).astype(np.min_scalar_type(counts_CS.max(initial=0)))
     columns[_COUNTS] = pa.FixedSizeListArray.from_arrays(pa.array(counts), len(prepared.labels))
     if prepared.tiers is not None:
         # Of few different words: a number a client, and each word once.
-        columns[_TIER] = pa.array(prepared.tiers, pa.string()).dictionary_encode()
+        columns[_TIER] = pa.array([*prepared.tiers, *[""] * beside], pa.string()).dictionary_encode()
     batch = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -89,6 +93,11 @@ class ClientTable:
         labels, names = header["distribution"].get("labels", []), header["names"]
         counts_CS = np.array(header["distribution"].get("counts", []), np.int64).reshape(len(names), len(labels))
         return cls(names, samples, tokens, rows, labels, counts_CS, header.get(_INLINE_TIERS), None)
+
+    def of_clients(self) -> ClientTable:
+        """Without the last row, that of a public split; the bounds stay those of all rows."""
+        own = {name: value[:-1] for name in _PER_CLIENT if (value := getattr(self, name)) is not None}
+        return replace(self, **own)
 
     @property
     def distribution(self) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from fedmoe_ds.distributed.stop_points import stop_point
 Ints = NDArray[np.int64]
 MAX_LABELS = 30
 ALL = "all"
-NOBODY = -1
+NOBODY, SERVER = -1, -2
+"""In the place of a client: of the global hold-out, of the public split."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class Prepared:
     Attributes:
         names: the clients, sorted; the order of everything that is said of each of them.
         content: sequences or images; not all of them have an owner.
-        owned: rows of it: training set and hold-out of every client in turn, then the global hold-out (2 C + 1 parts).
+        owned: rows of it: training set and hold-out of every client in turn, then the global hold-out (2 C + 1 parts). With a
+            public split that lies before the global hold-out like another client's, without a hold-out of its own.
         labels: what `counts_CS` counts, by falling total: units dealt to a client, its hold-out included.
         shared: another seed deals the same content, so it is stored once.
         tiers: of every client, where the data say it.
+        public: whether there is a public split.
     """
 
     names: list[str]
@@ -67,6 +70,7 @@ class Prepared:
     shared: bool = False
     tiers: list[str] | None = None
     reading: dict[str, Any] = field(default_factory=dict)
+    public: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class GivenHoldout:
 
 
 def deal_units(units: Units, config: DataConfig, seed: int, given: GivenHoldout | None = None) -> tuple[Prepared, Ints]:
-    """Hold out, deal to clients, cap and split; return that, and the client of every unit [N], or NOBODY.
+    """Hold out, deal to server and clients, cap and split; return that, and the client of every unit [N], NOBODY or SERVER.
 
     Raises UserError for too few units, and a number of clients that cannot be served.
     """
@@ -86,38 +90,46 @@ def deal_units(units: Units, config: DataConfig, seed: int, given: GivenHoldout 
     held = np.empty(0, np.int64) if given is not None else holdout.draw_global(strata, config.global_holdout, seed)
     # The global hold-out leaves first, so that no client trains on it, however samples are dealt.
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
+    # So does what is public: the server alone learns from it.
+    public = rest[holdout.draw_public([strata[row] for row in rest.tolist()], config.public, seed)]
+    rest = np.setdiff1d(rest, public)
     names, dealt = partition.deal([units.labels[row] for row in rest.tolist()], config.partition, seed)
     rows = Ragged(rest[dealt.values_N], dealt.bounds)
     client_N = np.full(len(units.labels), NOBODY)
-    client_N[rows.values_N] = rows.owner_N
+    client_N[rows.values_N], client_N[public] = rows.owner_N, SERVER
     content = units.content
     if units.packed:
         # Units that are sequences are capped before they are counted; documents must be packed first.
         rows = sequences = holdout.cap_clients(rows, config.max_samples, seed, names)
     else:
-        content, sequences, held = _packed(content, rows, held, config.sequence_length)
+        content, sequences, public, held = _packed(content, rows, public, held, config.sequence_length)
         sequences = holdout.cap_clients(sequences, config.max_samples, seed, names)
     empty = np.flatnonzero(sequences.sizes_P == 0)
     assert not len(empty), f"client {names[empty[0]]} was dealt units but has no sequence"
     if given is not None:
         content, held = content.followed_by(given.content), given.order + len(content)
     split = holdout.split_clients(sequences, config.holdout, seed, names)
-    owned = Ragged.of(np.concatenate([split.values_N, held]), np.append(split.sizes_P, len(held)))
+    more = [public, public[:0], held] if len(public) else [held]
+    owned = Ragged.joined([*split, *more])
     labels, counts_CS = distribution(units.labels, rows)
-    return Prepared(names, content, owned, labels, counts_CS, shared=units.packed), client_N
+    return Prepared(names, content, owned, labels, counts_CS, shared=units.packed, public=len(more) > 1), client_N
 
 
-def _packed(documents: Sequences, rows: Ragged, held: Ints, sequence_length: int) -> tuple[Sequences, Ragged, Ints]:
-    """Pack every client's documents, and those of the global hold-out, in the given order: all sequences, and who has which."""
+def _packed(
+    documents: Sequences, rows: Ragged, public: Ints, held: Ints, sequence_length: int
+) -> tuple[Sequences, Ragged, Ints, Ints]:
+    """Pack every client's documents, the public ones, and those of the global hold-out, in the given order: all sequences, and
+    who has which."""
     tokens: list[NDArray[np.int64]] = []
     ends = [0]
-    for own in (*rows, held):
+    for own in (*rows, public, held):
         stop_point()
         tokens += pack([documents.input_ids[row] for row in own.tolist()], sequence_length) if len(own) else []
         ends.append(len(tokens))
     every, bounds = np.arange(len(tokens)), np.array(ends, np.int64)
     content = Sequences(tokens, [all_but_first(chunk) for chunk in tokens])
-    return content, Ragged(every[: bounds[-2]], bounds[:-1]), every[bounds[-2] :]
+    clients = Ragged(every[: bounds[-3]], bounds[:-2])
+    return content, clients, every[bounds[-3] : bounds[-2]], every[bounds[-2] :]
 
 
 def distribution(labels: list[str], rows: Ragged) -> tuple[list[str], Ints]:

@@ -27,7 +27,7 @@ from fedmoe_ds.data.preparation import assemble, assemble_images
 from fedmoe_ds.data.progress import told_to
 from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.sources import Source, Sources, open_sources
-from fedmoe_ds.data.store import IMAGE_SHAPE, Store, storage_error, usable, write_store, write_units
+from fedmoe_ds.data.store import IMAGE_SHAPE, PUBLIC, Store, storage_error, usable, write_store, write_units
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.data.templates.chat_template import template_text
 from fedmoe_ds.data.templates.reading import Reading
@@ -61,8 +61,9 @@ class FederatedData:
     for images, because how many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text.
     `omissions` counts samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do
     not say them.
-    `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became tokens:
-    template, columns, and the text of a prompt or a chat template.
+    `public` says whether the server has a labelled split of its own: then it is what `train` gives for the index behind the
+    clients'. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became
+    tokens: template, columns, and the text of a prompt or a chat template.
     """
 
     names: list[str]
@@ -78,6 +79,7 @@ class FederatedData:
     image_shape: tuple[int, int, int] | None = None
     tiers: list[str] | None = None
     reading: Reading = field(default_factory=dict)
+    public: bool = False
 
     @classmethod
     def open(cls, path: Path | str) -> FederatedData:
@@ -108,6 +110,7 @@ class FederatedData:
             tiers=clients.tiers,
             # Data that an earlier version prepared do not say it.
             reading=header.get(READING, {}),
+            public=header.get(PUBLIC, False),
         )
 
     @property
@@ -123,13 +126,13 @@ class FederatedData:
         return len(self.names)
 
     def train(self, client: int) -> Sequences:
-        """Return the training sequences (or images) of one client (its index in `names`)."""
+        """Return the training sequences (or images) of one client (its index in `names`), or of the server."""
         # Owners lie in pairs, train then hold-out; the global hold-out is the last one.
-        return self._store.read(2 * self._checked(client))
+        return self._store.read(2 * self._checked(client, self.public))
 
     def train_lengths(self, client: int) -> NDArray[np.int64]:
         """Return the tokens of each training sequence of one client; nothing else of them is read."""
-        return self._store.lengths(2 * self._checked(client))
+        return self._store.lengths(2 * self._checked(client, self.public))
 
     def train_lengths_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of some clients, which ascend, one after the other."""
@@ -144,10 +147,10 @@ class FederatedData:
 
         It is drawn before partitioning, or what `data.validation` names.
         """
-        return self._store.read(2 * len(self.names))
+        return self._store.read(2 * (len(self.names) + self.public))
 
-    def _checked(self, client: int) -> int:
-        assert 0 <= client < len(self.names), f"client {client} of {len(self.names)}"
+    def _checked(self, client: int, more: int = 0) -> int:
+        assert 0 <= client < len(self.names) + more, f"client {client} of {len(self.names)}"
         return client
 
 
@@ -256,6 +259,8 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
         "seed": seed,
         # Absent where images stay as they are, so that caches of earlier versions are still found.
         **({} if config.form.kind == "plain" else {"form": config.form.model_dump(mode="json")}),
+        **({} if config.public == 0 else {"public": config.public}),
+        **({} if config.labels == "shown" else {"labels": config.labels}),
     }
     return tree_sha256(parts)[:32]
 

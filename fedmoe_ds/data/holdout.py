@@ -1,4 +1,5 @@
-"""Which samples are held out, by addressed draws: a global hold-out before partitioning, one per client after it."""
+"""Which samples are held out, by addressed draws: a global hold-out and a public split before partitioning, one hold-out per
+client after it."""
 
 from __future__ import annotations
 
@@ -36,13 +37,36 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
         )
     # Of all names for this draw, this one leaves the quickstart's hold-out, and so its digest, as they were without a draw.
     quotas = allocate(sizes, share, generator(seed, "global-holdout-rounding"))
+    return _drawn(names, members, quotas, seed, "global-holdout")
+
+
+def draw_public(strata: Sequence[str], share: float, seed: int) -> Rows:
+    """Return the sample indices that the server alone trains on, ascending; none with a share of 0.
+
+    They are spread over the strata as the global hold-out is, and every stratum keeps a sample for its clients.
+    """
+    if share == 0:
+        return np.empty(0, np.int64)
+    names, stratum_N = coded(strata)
+    members = Ragged.by_owner(stratum_N, len(names))
+    if int((members.sizes_P - 1).sum()) == 0:
+        raise UserError(
+            f"data.public: {share}: {len(strata)} sample(s) in {len(names)} group(s) are left for it, so giving one to the "
+            "server would empty a group; give more data, or drop the key"
+        )
+    quotas = allocate(members.sizes_P, share, generator(seed, "public-rounding"))
+    return np.sort(_drawn(names, members, quotas, seed, "public"))
+
+
+def _drawn(names: Sequence[str], members: Ragged, quotas: Rows, seed: int, what: str) -> Rows:
+    """As many members of every stratum as its quota says, in random order."""
     # Of a million strata few give anything: the others need no draw.
     giving = np.flatnonzero(quotas)
     # One address per stratum: another group in the data does not change what this one holds out.
-    draws = generators(seed, "global-holdout", (names[index] for index in giving.tolist()))
+    draws = generators(seed, what, (names[index] for index in giving.tolist()))
     given = zip(draws, members.spans(giving), quotas[giving].tolist(), strict=True)
     drawn = [draw.permutation(members.values_N[start:end])[:quota] for draw, (start, end), quota in given]
-    return generator(seed, "global-holdout-order").permutation(np.concatenate(drawn)).astype(np.int64)
+    return generator(seed, f"{what}-order").permutation(np.concatenate(drawn)).astype(np.int64)
 
 
 def allocate(sizes: Rows, share: float, rng: np.random.Generator) -> Rows:

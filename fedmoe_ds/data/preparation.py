@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits, groups, partition, templates
-from fedmoe_ds.data.dealing import ALL, NOBODY, GivenHoldout, Prepared, Units, deal_units
+from fedmoe_ds.data.dealing import ALL, GivenHoldout, Prepared, Units, deal_units
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.forms import Dealt, formed
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
@@ -117,7 +117,19 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
     units = Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
     prepared, client_N = deal_units(units, config, seed)
     dealt = Dealt(images.pixels_NCHW[rows], images.labels_N[rows], client_N, len(prepared.names), seed)
-    return replace(prepared, content=formed(content, dealt, config.form), omissions=Omissions(rows=len(rows)))
+    content = formed(content, dealt, config.form)
+    if config.labels == "hidden":
+        content = _unlabelled(content, prepared)
+    return replace(prepared, content=content, omissions=Omissions(rows=len(rows)))
+
+
+def _unlabelled(content: Sequences, prepared: Prepared) -> Sequences:
+    """The images, those that clients train on with class 0 in the place of theirs: whatever is stored, nobody can look up."""
+    assert content.labels is not None
+    labels_N, train = content.labels.copy(), range(0, 2 * len(prepared.names), 2)
+    for own in train:
+        labels_N[prepared.owned[own]] = 0
+    return replace(content, labels=labels_N)
 
 
 def _owner_of(units: Units, names: list[str], client_N: NDArray[np.int64]) -> Owner:
@@ -131,7 +143,7 @@ def _owner_of(units: Units, names: list[str], client_N: NDArray[np.int64]) -> Ow
         if place == len(rows) or rows[order[place]] != row:
             return None
         client = int(client_N[order[place]])
-        return None if client == NOBODY else names[client]
+        return None if client < 0 else names[client]
 
     return owner
 

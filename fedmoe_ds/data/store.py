@@ -49,6 +49,7 @@ UNITS = "units"  # in the header of a store of row numbers: the name of the entr
 _UNITS_NAME = "units-"
 _PER_BATCH = 4096
 ROWS_SCHEMA = pa.schema([("rows", pa.int64())])
+PUBLIC = "public"  # in the header, where the last but one of the owners is the server
 CLIENTS = "clients"  # in the header where the clients are columns beside it: the checksum of these
 
 Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
@@ -74,6 +75,7 @@ class _Header(BaseModel):
     units: Annotated[str, Field(pattern="^units-[0-9a-f]{32}$")] | None = None
     checksum: str
     clients: str | None = None
+    public: bool = False
     labels: list[str] = []
     owned: Annotated[int, Field(ge=0)] = 0
 
@@ -113,6 +115,8 @@ class Store:
         self._units = Store(folder.with_name(Path(name).name)) if (name := self.header.get(UNITS)) is not None else None
         if CLIENTS in self.header:
             self.clients = ClientTable.open(folder / client_table.FILE, self.header["labels"])
+            if self.header.get(PUBLIC):
+                self.clients = self.clients.of_clients()
         else:
             self.clients = ClientTable.of_header(self.header)
         # One record batch an owner: images, and whatever earlier versions wrote.
@@ -264,6 +268,8 @@ def write_store(folder: Path, prepared: Prepared, header: dict[str, Any], units:
             _write_batches(draft / DATA, SCHEMA, _text_batches(content, owned.values_N))
         write_clients(prepared, draft / client_table.FILE)
         told = {"labels": prepared.labels, "owned": len(owned.values_N), CLIENTS: file_sha256(draft / client_table.FILE)}
+        # Absent where there is none, as in what earlier versions have written.
+        told |= {PUBLIC: True} if prepared.public else {}
         # The fingerprint is over the content, the checksums over the files: the first outlives a change of format.
         _write_header(draft, {**header, **told, "fingerprint": fingerprint(content, owned)})
 

@@ -61,6 +61,10 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
     if task == "causal_lm":
         if config.form.kind != "plain":
             raise UserError(f"data.form.kind: {config.form.kind}: for images only, and {source} is text; drop the key")
+        if config.labels != "shown":
+            raise UserError(
+                f"data.labels: {config.labels}: the labels of text are its own tokens, and {source} is text; drop the key"
+            )
         return
     if source_task(config) != task:
         raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from fedmoe_ds.export.expanded import write_expanded
 from fedmoe_ds.export.lora import write_lora
 from fedmoe_ds.export.merged import write_merged
 from fedmoe_ds.export.model_folder import write_model_folder
@@ -21,7 +22,10 @@ class ExportFormat:
 
 
 def _write_model(request: Request) -> Written:
-    """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along."""
+    """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along, and with further
+    layers it has so many more."""
+    if request.run.outline.expansion is not None:
+        return write_expanded(request)
     beside = request.run.config.adapters.moe is not None
     return write_model_folder(request) if beside else write_merged(request)
 

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from fedmoe_ds.adapter_formats import Format, ModuleNames, lora_entries, lora_targets, names_of
 from fedmoe_ds.adapter_formats.adapter_config import CONFIG, config_tree
-from fedmoe_ds.adapter_formats.lora_file import WEIGHTS, Entry
+from fedmoe_ds.adapter_formats.lora_file import HEAD_MODULE, WEIGHTS, Entry, head_entry
 from fedmoe_ds.clients.assignment import leading
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
-from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks
+from fedmoe_ds.export.written import Request, Written, check_pre_gate, check_router_bias, no_masks
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.weight_stream import StoredTensor
-from fedmoe_ds.model.adapter_bank import lora_pairs
+from fedmoe_ds.model.adapter_bank import HEAD, HEAD_BIAS, lora_pairs
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
 
@@ -33,6 +34,7 @@ DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"
 
 _WHOLE = {
     ROUTER: "a trained router is whole weights",
+    **dict.fromkeys((HEAD, HEAD_BIAS), "a trained head is whole weights"),
     **dict.fromkeys((GATE_UP, DOWN), "experts that were trained whole (adapters.expert_training: full) are whole weights"),
     **dict.fromkeys((INNER, OUTER), "adapter experts beside a dense model (adapters.moe) are layers of their own"),
 }
@@ -46,7 +48,9 @@ def write_lora(fmt: Format, request: Request) -> Written:
     check_carried(where, fmt, names, request)
     rank, alpha = rank_and_alpha(request)
     task = "CAUSAL_LM" if run.outline.task == "causal_lm" else None
-    tree = config_tree(lora_targets(fmt, names, spec.blocks), rank, alpha, request.base, task)
+    heads = [block for block in spec.blocks if block.after_layers]
+    targets = lora_targets(fmt, names, spec.blocks) | ({"modules_to_save": [HEAD_MODULE]} if heads else {})
+    tree = config_tree(targets, rank, alpha, request.base, task)
     (request.out / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     places, learnt = dict(run.items()), Learnt(run, request.selection)
 
@@ -54,6 +58,7 @@ def write_lora(fmt: Format, request: Request) -> Written:
         return learnt.tensor(key, places[key])
 
     entries = list(lora_entries(fmt, names, spec.blocks, spec.expert_layout.num_experts, rank))
+    entries += [head_entry(block) for block in heads]
     dtype, stored = DTYPES[request.dtype or "float32"]
     path = request.out / WEIGHTS
     by_name = {entry.name: entry for entry in entries}
@@ -100,9 +105,17 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
     """
     run, selection, out = request.run, request.selection, "use --format merged"
     check_router_bias(run, where)
+    check_pre_gate(run, where)
+    if run.outline.layers and isinstance(run.outline.layers[0], GroupedLayer) and any(b.expert for b in run.spec.blocks):
+        raise UserError(
+            f"{where}: a LoRA file has no place for it: groups of channels (foundation.convert) are parts of a block's "
+            f"matrices; {out}"
+        )
     halves = {half.name for pair in lora_pairs(run.spec.blocks) for half in pair}
+    # PEFT takes a whole classifier along (modules_to_save); an output matrix beside LoRA is what no server loads.
+    whole = {HEAD, HEAD_BIAS} if halves and run.outline.images is not None else set()
     for block in run.spec.blocks:
-        if block.name not in halves | {RESCALER}:
+        if block.name not in halves | whole | {RESCALER}:
             why = _WHOLE.get(block.name, f"{block.name} is no LoRA pair")
             raise UserError(f"{where}: a LoRA file has no place for it: {why}; {out}")
     if run.spec.method.absorbs:

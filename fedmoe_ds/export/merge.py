@@ -3,7 +3,7 @@
 Legend: E experts, O and I output and input width of a matrix, R adapter rank, F expert width.
 
     LoRA pair              W <- W + scale B A
-    whole weights          W <- V                        a trained router, fully trained experts, products that FLoRA has merged
+    whole weights          W <- V                        a trained router or head, fully trained experts, FLoRA's products
     FLAME's rescaler s     W2 <- s W2 of every routed expert: what experts put out is linear in W2, and shared experts have none
 
 in float64, rounded once to the type of the base's file. Every matrix is changed by itself, in blocks of its rows.
@@ -14,20 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.loading import source_name
 from fedmoe_ds.foundation.weight_files import BYTES_PER_OPEN, WeightFiles
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.client_head import head_path
 from fedmoe_ds.model.lora_linear import find_projections
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.results import Selection, TrainedRun
 
 EXPERT_STEMS = ("experts.gate_up", "experts.down")
-ROUTER_STEM = "router"
+ROUTER_STEM, HEAD_STEM = "router", "head"
 """Names of blocks less their last word: `lora_A`, `lora_B` or `weight`."""
 
 
@@ -45,9 +49,9 @@ class Learnt:
         a_RI, b_OR = (self._value(f"{stem}.lora_{half}", layer, expert) for half in "AB")
         return None if a_RI is None or b_OR is None or not b_OR.any() else (a_RI, b_OR)
 
-    def whole(self, stem: str, layer: int, expert: int | None) -> Tensor | None:
-        """Weights [O, I] in the place of the base's; None where the base's own stay."""
-        value = self._value(f"{stem}.weight", layer, expert)
+    def whole(self, stem: str, layer: int, expert: int | None, leaf: str = "weight") -> Tensor | None:
+        """Weights [O, I], or a bias [O], in the place of the base's; None where the base's own stay."""
+        value = self._value(f"{stem}.{leaf}", layer, expert)
         if value is None:
             value = self.run.base(BlockSpec(f"{stem}.base", (layer,), ()).key(layer, expert))
             return None if value is None else self._counted(value)
@@ -104,12 +108,13 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one matrix of the base.
+    """What becomes of one matrix of the base, or of a bias.
 
     Attributes:
         stem, layer, expert: which of the engine's weights it is, or is a part of.
         first: the engine's row at which it begins; of gate and up, which are one matrix there, up begins at F.
         routed: whether its product is what a routed expert puts out, so that the rescaler is folded into it.
+        leaf: the last word of the block's name, where it is whole.
     """
 
     stem: str
@@ -117,13 +122,14 @@ class Change:
     expert: int | None = None
     first: int = 0
     routed: bool = False
+    leaf: str = "weight"
 
     def blocks(
         self, learnt: Learnt, read: Callable[[slice], Tensor], rows: Iterable[slice], told: Rounding
     ) -> Iterator[Tensor]:
         """The new matrix, block by block of its rows; `read` gives the old one, and `told` is kept up to date."""
         place = self.stem, self.layer, self.expert
-        pair, whole = learnt.pair(*place), learnt.whole(*place)
+        pair, whole = learnt.pair(*place), learnt.whole(*place, self.leaf)
         factor = learnt.rescaler(self.layer) if self.routed else 1.0
         for part in rows:
             old_OI = read(part)
@@ -144,13 +150,22 @@ class Change:
             yield rounded_OI
 
 
-Changes = dict[str, list[Change]]
+class MatrixChange(Protocol):
+    """A `Change`, or what else makes a new matrix of an old one."""
+
+    def blocks(
+        self, learnt: Learnt, read: Callable[[slice], Tensor], rows: Iterable[slice], told: Rounding
+    ) -> Iterator[Tensor]: ...
+
+
+Changes = dict[str, list[MatrixChange]]
 """By the present name of a tensor of the base: one for a matrix, one per expert for fused experts."""
 
 
 def plan_changes(run: TrainedRun, learnt: Learnt, files: WeightFiles) -> tuple[Changes, set[str]]:
-    """Which tensors of the base change, and the names of the blocks that move into them."""
-    names, layers = learnt.blocks, run.outline.layers
+    """Which tensors of the base change, and the names of the blocks that move into them; groups of channels apart
+    (`channel_groups.py`)."""
+    names, layers = learnt.blocks, [layer for layer in run.outline.layers if not isinstance(layer, GroupedLayer)]
     changes: Changes = {}
     stems = {name.rpartition(".")[0] for name in names}
     if stems.intersection(EXPERT_STEMS) or learnt.rescales:
@@ -159,11 +174,27 @@ def plan_changes(run: TrainedRun, learnt: Learnt, files: WeightFiles) -> tuple[C
     if ROUTER_STEM in stems:
         for layer in layers:
             changes[source_name(f"{layer.name}.router.gate.weight", layers)] = [Change(ROUTER_STEM, layer.index)]
+    _add_head(changes, run)
     projections = find_projections(run.outline.model, run.config.adapters)
     for one in projections:
         changes[f"{one.path}.weight"] = [Change(f"{one.part}.{one.name}", one.layer)]
-    taken = {*EXPERT_STEMS, ROUTER_STEM, *(f"{one.part}.{one.name}" for one in projections)}
+    experts = EXPERT_STEMS if layers else ()
+    taken = {*experts, ROUTER_STEM, HEAD_STEM, *(f"{one.part}.{one.name}" for one in projections)}
     return changes, {name for name in names if name == RESCALER or name.rpartition(".")[0] in taken}
+
+
+def _add_head(changes: Changes, run: TrainedRun) -> None:
+    """A trained head. Raises UserError where the base keeps input embedding and output matrix as one."""
+    heads = [block for block in run.spec.blocks if block.after_layers]
+    if heads and run.spec.size.tied:
+        raise UserError(
+            "--format: merged: the head was trained, and the base's output matrix is its input embedding as well "
+            "(tie_word_embeddings), which it must not change; untie the base's and train on that"
+        )
+    path = head_path(run.outline.model) if heads else ""
+    for block in heads:
+        leaf = block.name.rpartition(".")[2]
+        changes[f"{path}.{leaf}"] = [Change(HEAD_STEM, block.layers[0], leaf=leaf)]
 
 
 def _add_experts(changes: Changes, layer: HostedLayer, files: WeightFiles) -> None:

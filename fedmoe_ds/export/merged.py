@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.channel_groups import add_groups
 from fedmoe_ds.export.loading import model_loading
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
-from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks, without_common_model
+from fedmoe_ds.export.written import Request, Written, check_pre_gate, check_router_bias, no_masks, without_common_model
+from fedmoe_ds.foundation.channel_groups import KEY
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream, row_blocks
@@ -53,7 +55,7 @@ def write_merged(request: Request) -> Written:
     check_selection(request)
     files, learnt, told = WeightFiles(request.run.model), Learnt(request.run, request.selection), Rounding()
     changes, carried = plan_changes(request.run, learnt, files)
-    left = sorted(set(learnt.blocks) - carried)
+    left = sorted(set(learnt.blocks) - carried - add_groups(request, learnt, changes))
     if left:
         raise UserError(f"--format: merged: the base model has no weight that {left[0]} could move into; use --format peft")
     stream = WeightStream(files)
@@ -76,6 +78,7 @@ def check_selection(request: Request) -> None:
     """Raise UserError where a model's configuration has no word for what the selected one is."""
     run, selection, method = request.run, request.selection, request.run.config.method.name
     check_router_bias(run, "--format: merged")
+    check_pre_gate(run, "--format: merged")
     if selection.client is None and without_common_model(run):
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if (why := no_masks(selection, method, f"no {CONFIG_FILE}")) is not None:
@@ -99,7 +102,7 @@ def merged_content(
     planned = changes.get(tensor.present)
     if planned is None:
         yield from (stream.block(tensor, rows) for rows in tensor.blocks())
-    elif len(tensor.shape) == 2:
+    elif len(tensor.shape) <= 2:
         yield from planned[0].blocks(learnt, lambda rows: stream.block(tensor, rows), tensor.blocks(), told)
     else:
         for expert, change in enumerate(planned):
@@ -115,6 +118,8 @@ def write_beside(request: Request, changes: dict[str, Any]) -> None:
         place.parent.mkdir(exist_ok=True)
         _copy(path, place)
     config = _portable(read_json(base / CONFIG_FILE, constants=True)) | changes
+    # Merged groups of channels are a block of the model's family again.
+    config.pop(KEY, None)
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -26,6 +26,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedmoe_ds.config.yaml12 import inline_yaml
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.export import modeling_fft_moe as modeling
 from fedmoe_ds.export.loading import HERE, shell
 from fedmoe_ds.export.merge import Learnt, Rounding, plan_changes
@@ -59,10 +61,12 @@ def write_model_folder(request: Request) -> Written:
     """Write a model with adapter experts into an empty folder.
 
     Raises:
-        UserError: the model uses some of its experts alone, a file is damaged, or the disk has no room.
+        UserError: the model uses some of its experts alone, or they have a form that the folder's code lacks; a file is
+            damaged, or the disk has no room.
         OSError: the folder cannot be written.
     """
     check_selection(request)
+    _check_forms(request)
     run, out = request.run, request.out
     assert run.config.adapters.moe is not None, "a run without adapter experts is merged into its base"
     files, learnt, told = WeightFiles(run.model), Learnt(run, request.selection), Rounding()
@@ -85,6 +89,18 @@ def write_model_folder(request: Request) -> Written:
         _name_tokenizer(run, out)
     said = f"{len(tensors)} tensors in {len(shards)} file{'' if len(shards) == 1 else 's'}, and {CODE.name}"
     return Written("transformers", said, _loading(request), tuple(merging_notes(request, stream, told)))
+
+
+def _check_forms(request: Request) -> None:
+    """Raise UserError for forms of experts that the modelling file does not have."""
+    moe = request.run.config.adapters.moe
+    assert moe is not None
+    for key in ("linear", "shared", "zero", "router_input"):
+        if (value := getattr(moe, key)) != type(moe).model_fields[key].default:
+            raise UserError(
+                f"--format: merged: the run has adapters.moe.{key}={inline_yaml(value)}, which the modelling file of adapter "
+                "experts does not have; start from the run itself (adapters.start)"
+            )
 
 
 def _wanted(run: TrainedRun, stream: WeightStream) -> list[StoredTensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.pre_gate import PreGateShape
 from fedmoe_ds.model.adapter_bank import ROUTER_BIAS
 from fedmoe_ds.results import Selection, TrainedRun
 
@@ -88,6 +89,15 @@ def check_router_bias(run: TrainedRun, where: str) -> None:
         raise UserError(
             f"{where}: method {run.config.method.name} moves the choice of experts by a bias, which no file of this format can "
             "say; `fedmoe evaluate` and `fedmoe generate` run it as it is"
+        )
+
+
+def check_pre_gate(run: TrainedRun, where: str) -> None:
+    """Raise UserError where the router runs before the layers: transformers' models have theirs in them."""
+    if PreGateShape.of(run.outline.model.config) is not None:
+        raise UserError(
+            f"{where}: the foundation's router decides before its layers (foundation.convert.kind=read-me), which no file of "
+            "this format can say; `fedmoe evaluate` and `fedmoe generate` run it as it is"
         )
 
 

@@ -240,7 +240,8 @@ def _assemble(
     model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
-    adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
+    zero_head = config.adapters.head_start == "zero"
+    adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device, zero_head)
     server = Server(spec, foundation, clients)
     own = server.initial_state(device)
     # Before personal blocks are made: they begin as the global ones.
@@ -307,7 +308,8 @@ def initial_personal(
 
     def common(block: BlockSpec) -> Tensor | float:
         # What is not in the model begins at zero, as control variates (SCAFFOLD, algorithm 1) and dual variables do.
-        return adapters.client(block.name, 0).cpu() if block.name in adapters else 0.0
+        name = block.name if block.name in adapters else None if block.name in zero else method.begins_as(block)
+        return 0.0 if name is None else adapters.client(name, 0).cpu()
 
     def initial(block: BlockSpec, index: int) -> float | None:
         return None if block.name in zero else method.initial(block, clients[index])

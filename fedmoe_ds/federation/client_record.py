@@ -9,6 +9,7 @@ import numpy as np
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.methods.private import change_norm
 from fedmoe_ds.model.moe_layer import RESCALER
 
 OUT_OF_MEMORY = "out-of-memory"
@@ -36,12 +37,18 @@ def trained(update: ClientUpdate, status: str, flops: float, personal: Personal)
         "rescaler": rescaler,
         **_held(update.assignment.held_LE),
         **_probe(update),
+        **_norm(update),
     }
 
 
 def _probe(update: ClientUpdate) -> dict[str, int]:
     """Token rows of its gradient probe; nothing where it has none, or none with passes of its own."""
     return {} if update.probed is None or not update.probed.tokens else {"probe_tokens": update.probed.tokens}
+
+
+def _norm(update: ClientUpdate) -> dict[str, float]:
+    """The norm of its change before it is clipped; nothing where nothing is private."""
+    return {} if (norm := change_norm(update)) is None else {"change_norm": norm}
 
 
 def _held(held_LE: np.ndarray | None) -> dict[str, list[int]]:

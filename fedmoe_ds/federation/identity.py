@@ -14,11 +14,13 @@ from typing import Any
 
 from fedmoe_ds.checkpoint.reader import read_snapshot
 from fedmoe_ds.config import TARGETS, Config
+from fedmoe_ds.config.privacy_section import ACCOUNTS
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.kernel_identity import PRODUCTS
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods.private import KEY, key_digest
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
@@ -58,6 +60,7 @@ def identity(
         contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     if start is not None:
         contents[START] = start
+    contents |= key_digest(config.privacy)
     if trace is not None:
         contents["devices.trace"] = trace
     return {**known, "kernels": dict(kernels), **contents}
@@ -76,7 +79,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "seed": tree["seed"],
         **{name: tree[name] for name in ("local", "method", "server")},
         # Not where the start lies: the digest stands for the tensors themselves.
-        "adapters": {key: value for key, value in tree["adapters"].items() if key != "start"},
+        "adapters": _adapters_alike(tree["adapters"]),
         START: None,
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
@@ -84,11 +87,28 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         # Runs save what `auto` meant; only a configuration from before there was the key, or the word, has none.
         "foundation.dtype": "float32" if tree["foundation"]["dtype"] == "auto" else tree["foundation"]["dtype"],
         "foundation.code": None,
+        # Further layers are no part of the model's files, nor of their fingerprint; earlier versions had none.
+        "foundation.expand": tree["foundation"].get("expand"),
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
         "devices": _devices(tree["devices"]),
+        "privacy": _privacy(tree["privacy"]),
+        KEY: None,
     }
+
+
+def _without(section: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A section without later keys that say what was always done: earlier versions have not written them."""
+    return {key: value for key, value in section.items() if key not in later or value != later[key]}
+
+
+def _adapters_alike(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Adapters without where they started; those of `moe` are compared whole."""
+    moe = adapters["moe"]
+    found = {key: value for key, value in adapters.items() if key != "start"}
+    later = {"linear": False, "shared": 0, "zero": 0, "router_input": "token", "gate": "softmax"}
+    return {**found, "moe": _without(moe, later)} if isinstance(moe, dict) else found
 
 
 def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
     tiers = federation["tiers"]
     if not isinstance(tiers, list):
         return federation
-    later = (("clients", None), ("layers", None))
+    later = (("clients", None), ("layers", None), ("blocks", None))
     plain = [{key: value for key, value in tier.items() if (key, value) not in later} for tier in tiers]
     return {**federation, "tiers": plain}
 
@@ -108,6 +128,13 @@ def _devices(devices: dict[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in devices.items() if key not in ("trace", *TARGETS)}
 
 
+def _privacy(privacy: dict[str, Any]) -> dict[str, Any] | None:
+    """What clips and what is drawn; of the key its digest counts. None: nothing is private, as in earlier versions."""
+    if privacy["clip"] is None:
+        return None
+    return {key: value for key, value in privacy.items() if key not in ("key_file", *ACCOUNTS)}
+
+
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """What decides which clients there are and how much a pass of theirs needs."""
     execution = config.execution
@@ -115,9 +142,12 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     # Absent where a run does without, so that absences of earlier versions still count.
     later = {"packing": False, "moments_on": "device"}
     passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
-    steps = {"dual_step": 1.0, "aggregation_step": 1.0}
-    local = {key: value for key, value in identity["local"].items() if (key, value) not in steps.items()}
-    return {**{name: identity[name] for name in _FIRST}, "local": local, **passes}
+    own = {
+        "local": _without(identity["local"], {"dual_step": 1.0, "aggregation_step": 1.0}),
+        "server": _without(identity["server"], {"training": None}),
+        "adapters": _without(identity["adapters"], {"head": "frozen", "head_start": "foundation"}),
+    }
+    return {name: identity[name] for name in _FIRST} | own | passes
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
@@ -142,8 +172,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters, and devices, count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name not in ("method", "devices"):
+        # A method's parameters, devices, privacy and further layers count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices", "privacy", "foundation.expand"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

@@ -6,7 +6,7 @@ once, or when the ranks `settle` what a round has recorded. Nothing is written a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,8 +250,10 @@ class Journal:
             for line in self._write(lambda: monitors.write_figures(self.monitor, figures())):
                 self.note(line)
 
-    def not_averaged(self, round_index: int, blocks: list[str]) -> None:
-        """Blocks that clients trained and of which the round averages nothing."""
+    def not_averaged(self, round_index: int, reports: Iterable[dict[str, Any]], blocks: list[str]) -> None:
+        """Say so when clients trained a block and the round averages nothing of it; not where nobody came back."""
+        if not blocks or not any(report["status"] == OK for report in reports):
+            return
         self.event("not_averaged", round=round_index, blocks=blocks)
         self.note(
             f"round {round_index}: nothing of what clients trained was averaged in {', '.join(blocks)}; they keep their values"

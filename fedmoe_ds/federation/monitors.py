@@ -229,6 +229,7 @@ def of_round(round_index: int, clients: list[dict[str, Any]], fields: Mapping[st
     found["round/bytes"] = sum(tally["bytes"] for tally in fields["collectives"].values())
     found |= {f"bytes/{name}": tally["bytes"] for name, tally in fields["collectives"].items()}
     found |= {f"seconds/{name}": seconds for name, seconds in fields["phases"].items()}
+    found |= {f"server/{name}": fields[f"server_{name}"] for name in _CLIENT_LOSSES if f"server_{name}" in fields}
     found |= dict(_mean_losses(clients))
     return _figures(found, round_index)
 

@@ -51,8 +51,9 @@ def _without_meaning(config: Config) -> Iterator[tuple[str, object, str, str]]:
         yield "adapters.router", adapters.router, "router", "drop the key"
     if adapters.expert_training != "lora":
         yield "adapters.expert_training", adapters.expert_training, "experts", "drop the key"
-    if not adapters.projections:
-        yield "adapters.attention", "[]", "experts, so nothing would be trained", "name projections here or in feed_forward"
+    if not adapters.projections and adapters.head == "frozen" and config.foundation.expand is None:
+        way = "name projections here or in feed_forward, or use head=train"
+        yield "adapters.attention", "[]", "experts, so nothing would be trained", way
     for key in ("balance_loss", "z_loss"):
         if getattr(local, key) > 0:
             yield f"local.{key}", getattr(local, key), "router", "drop the key"
@@ -64,4 +65,9 @@ def _without_meaning(config: Config) -> Iterator[tuple[str, object, str, str]]:
         yield "federation.sampling", federation.sampling, "active experts to draw by", "use size or uniform"
     for i, tier in enumerate(federation.tiers or []):
         if tier.top_k not in (None, 1):
-            yield f"federation.tiers.{i}.top_k", tier.top_k, "experts", "drop the key and tell tiers apart by rank or by layers"
+            yield (
+                f"federation.tiers.{i}.top_k",
+                tier.top_k,
+                "experts",
+                "drop the key and tell tiers apart by rank, layers or blocks",
+            )

@@ -59,7 +59,7 @@ def prepare(config: Config, ranks: int, note: Note) -> Iterator[str]:
     skeleton = open_skeleton(folder, foundation, 1, 0, kind)
     files = WeightFiles(folder).paths
     yield f"foundation: {folder}: {len(files)} weight files, {_mib(files)}: {told}"
-    spec = resolve_spec(config, method, kind, outline(skeleton.model, skeleton.layers))
+    spec = resolve_spec(config, method, kind, outline(skeleton.model, skeleton.layers, foundation.expand))
     data, told = _made(cache_folder(foundation, "data"), lambda: _prepared(spec, folder, note))
     yield f"data: {len(data)} clients, {int(data.train_sequences.sum()):,} sequences in {data.path}: {told}"
     fingerprint, told = _summed(folder, cache_folder(foundation, file_sums.KIND), note)

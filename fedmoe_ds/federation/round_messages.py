@@ -8,6 +8,7 @@ its products adds one within clusters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from fedmoe_ds.federation.traffic import Products
 if TYPE_CHECKING:
     from fedmoe_ds.aggregation.round_sums import RoundSums
     from fedmoe_ds.checkpoint.state import PartialRound
+    from fedmoe_ds.clients.client import Client
     from fedmoe_ds.federation.build import Parts
     from fedmoe_ds.federation.journal import Journal
 
@@ -58,6 +60,16 @@ def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[s
     active = total[: active.numel()].view_as(active)
     partial.activation = {tier: active[i].numpy() for i, tier in enumerate(tiers)}
     return dict(zip(weighted, total[active.numel() :].tolist(), strict=True))
+
+
+def unweighted(parts: Parts, chosen: Sequence[Client], round_index: int, weighted: dict[str, int]) -> list[str]:
+    """Blocks that some of these clients were told to train, and of which no tensor has any weight (`share_counts`)."""
+    resting = parts.spec.method.resting(round_index)
+    without = [spec for spec in parts.spec.blocks if weighted.get(spec.name, 1) == 0 and spec.name not in resting]
+    if not without:
+        return []
+    told = [parts.trainer.hooks.assign(client, round_index) for client in chosen]
+    return [spec.name for spec in without if any((own := one.trains(spec)) is None or own.any() for one in told)]
 
 
 def share_products(parts: Parts) -> dict[str, int]:

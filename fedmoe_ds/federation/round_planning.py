@@ -16,6 +16,7 @@ from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.batches import step_count
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.privacy_account import spent_by
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.federation.traffic import Traffic
@@ -87,9 +88,10 @@ class RoundPlanning:
         return self.of(round_index).parts.get(client) if self.plans else None
 
     def fields(self, round_index: int) -> dict[str, float]:
-        """What the round's record says of its plan."""
+        """What the round's record says of its plan, and of what all rounds up to it have spent of privacy."""
         variation = self.of(round_index).load_variation if self.plans else None
-        return {} if variation is None else {"load_variation": variation}
+        spent = spent_by(self.spec.config, len(self.clients), round_index)
+        return spent | ({} if variation is None else {"load_variation": variation})
 
     def memory(self, client: int) -> Memory:
         """What the server knows of a client; empty before it is trained."""

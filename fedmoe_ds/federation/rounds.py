@@ -33,8 +33,9 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.planned_spending import settle_planned
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
-from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here
+from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here, unweighted
 from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.federation.server_training import epochs_of, train_server
 from fedmoe_ds.federation.shortage import for_next_start, make_room
 from fedmoe_ds.federation.survey import survey
 from fedmoe_ds.federation.virtual_clock import Settled, spent_fields
@@ -61,6 +62,7 @@ class _Round:
         busiest: how many waves the cluster with most of them has.
         weighted: by block, in how many tensors of all ranks the weights do not sum to zero (after `share_counts`).
         settled: what it was on simulated devices, once it has ended; None without any.
+        server: what the record says of the server's own training.
     """
 
     index: int
@@ -72,6 +74,7 @@ class _Round:
     busiest: int = 0
     weighted: dict[str, int] = field(default_factory=dict)
     settled: Settled | None = None
+    server: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -111,6 +114,8 @@ class Federation:
             if stop_agreed(self.parts, self.journal):  # asked while the model and the data were loaded
                 self.checkpoints.save()
                 return self._stopped()
+            if warmed := train_server(self.parts, 0):
+                self.journal.event("warm_up", **warmed)
             self._evaluate(0)
             self.journal.settle()
         for round_index in range(self.state.round + 1, config.federation.rounds + 1):
@@ -192,9 +197,8 @@ class Federation:
             trained = self._train_wave(work, work.waves[number - 1 :])
             for view, update in trained:
                 self._fold(view, update, work)
-            updates = [update for _, update in trained]
-            tokens = sum(update.tokens for update in updates)
-            seconds = max((update.seconds for update in updates), default=0.0)
+            tokens = sum(update.tokens for _, update in trained)
+            seconds = max((update.seconds for _, update in trained), default=0.0)
             self.journal.wave_done(number, len(work.waves), tokens * parts.topology.layout.clusters, seconds)
             if stop_requested_here(parts):
                 return
@@ -275,9 +279,11 @@ class Federation:
     def _step(self, work: _Round) -> None:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
-        self._tell_averaged(work)
+        kept = unweighted(parts, work.chosen, work.index, work.weighted)
+        self.journal.not_averaged(work.index, partial.done.values(), kept)
         context = MeanContext(work.index, partial.memories, partial.counts_LE(parts.counts_shape), partial.tokens)
         parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, context)
+        work.server = train_server(parts, work.index)
         survey(parts, work.index, [c for c in work.chosen if partial.done[c.index]["status"] == OK])
         self.state.utilisation_LE = context.counts_LE
         if parts.clock is not None:
@@ -291,23 +297,17 @@ class Federation:
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:
-        settled, more = work.settled, share_products(self.parts) | self.parts.planning.fields(work.index)
+        settled, more = work.settled, share_products(self.parts) | self.parts.planning.fields(work.index) | work.server
         done = [work.partial.done[client.index] for client in work.chosen]
         if settled is not None:
             done, more = settled.rows, settled.fields | more
         self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, more)
 
-    def _tell_averaged(self, work: _Round) -> None:
-        """Say so when clients trained a block and the round averages nothing of it; not where nobody came back."""
-        came = any(report["status"] == OK for report in work.partial.done.values())
-        if came and (kept := [name for name, count in work.weighted.items() if not count]):
-            self.journal.not_averaged(work.index, kept)
-
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
         parts, config, ends = self.parts, self.parts.config.evaluation, round_index in (0, self.parts.config.federation.rounds)
         # Adapters that somebody has trained are scored as clients receive them.
-        plain = round_index == 0 and parts.start is None
+        plain = round_index == 0 and parts.start is None and not epochs_of(parts.config, 0)
         due = config.clients_every > 0 and round_index % config.clients_every == 0
         rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
         spent = spent_fields(self.state.clock) if parts.clock is not None or parts.spec.method.accounts else None

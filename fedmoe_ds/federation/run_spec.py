@@ -6,30 +6,37 @@ configuration alone, `resolve_spec` the outline of the model, too. What the one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedmoe_ds.clients.client import Client, counts_of
+from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
+from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.channel_group_checks import check_groups, check_planned_groups
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
+from fedmoe_ds.federation.expert_forms import check_router_input
 from fedmoe_ds.federation.no_experts import as_meant, named
-from fedmoe_ds.federation.sampling import buffered, draw, participants
+from fedmoe_ds.federation.pre_gate_check import check_pre_gate
+from fedmoe_ds.federation.sampling import buffered, draw, participant_count, participants
 from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
+from fedmoe_ds.foundation.expansion import expand
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
-from fedmoe_ds.methods.requirements import check_needs
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.methods.requirements import check_needs, refuse_zero_experts
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 
@@ -68,7 +75,8 @@ class RunSpec:
     def know(self, clients: Sequence[Client]) -> None:
         """Tell the method what it may ask about the data."""
         most = int(counts_of(clients, "sequences").max(initial=1))
-        self.method.facts = replace(self.method.facts, sequences=most)
+        drawn = participant_count(len(clients), self.config.federation.participation)
+        self.method.facts = replace(self.method.facts, sequences=most, clients=len(clients), participants=drawn)
 
     @property
     def bitwise(self) -> bool:
@@ -158,14 +166,20 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     check_packing(config, model.model.config)
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
-        check_widths(expert_layout)
+        check_widths(expert_layout, beside=config.adapters.moe is not None)
     # Before check and blocks: both are answered from these facts.
-    size = model_size(model.model, model.layers)
-    method.facts = facts_of(config, expert_layout, size, model.images)
+    size = model_size(model.model, model.layers, model.expansion)
+    method.facts = facts_of(config, expert_layout, size, model)
     method.check(method.facts)
-    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
+    check_pre_gate(config, method, model.model)
+    further, scored = len(method.facts.expanded), has_scores(config.data.form)
+    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth, further)
     tiers = resolve_tiers(config.federation, full, method.spends)
-    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
+    every = adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored, model.expansion)
+    blocks = method.blocks(every)
+    check_owned(config, blocks)
+    if any(block.name == ROUTER_BIAS for block in blocks):
+        refuse_zero_experts(config)
     return RunSpec(
         config=config,
         method=method,
@@ -195,13 +209,15 @@ def of_loaded_type(config: Config, model: Outline) -> Config:
 def check_model(config: Config, model: Outline, device: str) -> None:
     """Data, task metrics and lengths go together with the model, whatever is trained. Raises UserError."""
     check_task(model.task, config.data, model.images)
+    check_router_input(config, model.task)
     check_task_metrics(config, model.task)
     check_length(config, model.model.config)
     check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
-def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, images: ImageInput | None) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, model: Outline) -> ModelFacts:
     """What methods may ask about the model."""
+    images, expansion = model.images, model.expansion
     return ModelFacts(
         expert_layout.top_k,
         expert_layout.num_experts,
@@ -213,7 +229,20 @@ def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, image
         size.depth,
         size.vocabulary if images is None else images.classes,
         size.hidden,
+        labelled=config.data.labels == "shown",
+        expanded=() if expansion is None else expansion.layers,
     )
+
+
+def check_owned(config: Config, blocks: list[BlockSpec]) -> None:
+    """What a client holds of whole layers: values, gradients and moments, within `execution.owned_gib`. Raises UserError."""
+    numbers, most = sum(len(spec.layers) * math.prod(spec.item) for spec in blocks if spec.owned), config.execution.owned_gib
+    size = numbers * (2 * 4 + moment_bytes(config.local))
+    if size > most * 2**30:
+        raise UserError(
+            f"execution.owned_gib: {most:g}: whole layers take {size / 2**30:.3g} GiB of each client in flight; use fewer "
+            "foundation.expand.blocks, or a larger bound (fedmoe plan says what fits)"
+        )
 
 
 def check_plan(config: Config, bitwise: bool) -> None:
@@ -227,23 +256,20 @@ def check_plan(config: Config, bitwise: bool) -> None:
     # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
+        check_router_input(config, task)
         check_task_metrics(config, task)
     planned = planned_config(config.foundation)
     check_length(config, planned)
     check_rotations(config, planned, bitwise)
     check_packing(config, planned)
+    check_planned_groups(config)
+    if planned is not None and config.foundation.expand is not None:
+        expand(planned, config.foundation.expand, named(config))
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
-    moe = config.adapters.moe
-    if moe is None:
-        return
-    check_shards(moe, config.topology.ep_size)
-    if bitwise and moe.width % ROW:
-        raise UserError(
-            f"adapters.moe.width: {moe.width}: bitwise mode needs a multiple of {ROW} (rows start on 16 bytes); change it, or "
-            "use execution.reproducible=fast"
-        )
+    if config.adapters.moe is not None:
+        check_shards(config.adapters.moe, config.topology.ep_size)
 
 
 def check_adapters(config: Config, sparse: bool) -> None:
@@ -262,6 +288,7 @@ def check_adapters(config: Config, sparse: bool) -> None:
 def resolve_expert_layout(config: Config, model: Outline, ep_size: int, shard: int) -> ExpertLayout:
     """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
     check_adapters(config, bool(model.layers))
+    check_groups(config, model)
     if model.layers:
         return hosted_layout(model.layers)
     if config.adapters.moe is None:
@@ -274,9 +301,9 @@ def positions(images: ImageInput | None) -> int:
     return 1 if images is None else images.positions
 
 
-def check_widths(expert_layout: ExpertLayout) -> None:
-    """Bitwise mode needs rows that start on 16 bytes. Raises UserError."""
-    if expert_layout.width % ROW or expert_layout.ffn % ROW:
+def check_widths(expert_layout: ExpertLayout, beside: bool) -> None:
+    """Bitwise mode needs rows that start on 16 bytes; those of adapter experts (`beside`) are widened. Raises UserError."""
+    if expert_layout.width % ROW or (expert_layout.ffn % ROW and not beside):
         raise UserError(
             f"execution.reproducible: bitwise: the model's widths {expert_layout.width} and {expert_layout.ffn} must be "
             f"multiples of {ROW} (rows must start on 16 bytes); use fast"

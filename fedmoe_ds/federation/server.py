@@ -26,6 +26,7 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.devices.buffer import staleness
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.most_delay import most_delay
+from fedmoe_ds.federation.privacy_account import check_budget
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.federation.traffic import Products
@@ -70,6 +71,7 @@ class Server:
         self.foundation, self.clients, self.exact = foundation, clients, spec.bitwise
         self.scale = self.config.adapters.alpha / self.config.adapters.rank
         check_terms(spec, len(clients))
+        check_budget(spec.config, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
         self.averaged = AveragedStatistics(spec.method.statistics())

@@ -13,6 +13,7 @@ from fedmoe_ds.clients.client import Count, counts_of, tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.privacy_account import account
 from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.foundation import conversion
@@ -42,7 +43,7 @@ def start_line(parts: Parts) -> str:
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
         f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_devices(parts)}"
-        f"{_without_effect(config)}"
+        f"{account(config, len(parts.clients))}{_without_effect(config)}"
     )
 
 
@@ -79,6 +80,8 @@ def _trained(parts: Parts) -> str:
     config, same = parts.config, parts.spec.method.without_experts
     if parts.spec.expert_layout.num_experts:
         return ""
+    if (asked := config.foundation.expand) is not None:
+        return f"; {asked.blocks} further layers, trained whole"
     equal = f", where {config.method.name} is {same}" if same else ""
     return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
 

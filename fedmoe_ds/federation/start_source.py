@@ -35,7 +35,7 @@ class Source:
         keys: of the tensors that all clients share; `read` reads one, float32.
         merged: keys of frozen weights that products have moved into (FLoRA), `<key of the pair>.base`; `read_merged` reads one.
         foundation, dtype: fingerprint and storage type of the model they were trained on; None where nothing tells.
-        top_k: most adapter experts (`adapters.moe`) that a token used; None where there are none.
+        moe: the section of adapter experts (`adapters.moe`), without keys at their defaults; empty where there is none.
         left: blocks that each client keeps for itself, which nobody else can start from.
         closed: these could not be looked at: they are another user's, or damaged.
     """
@@ -50,7 +50,7 @@ class Source:
     read_merged: Callable[[str], Tensor] = field(default=lambda key: _nothing(key))
     foundation: str | None = None
     dtype: str | None = None
-    top_k: int | None = None
+    moe: Mapping[str, Any] = field(default_factory=dict)
     left: tuple[str, ...] = ()
     closed: bool = False
 
@@ -150,7 +150,7 @@ def _checkpoint(folder: Path) -> Source:
         read_merged=merged.read,
         foundation=snapshot.identity.get("foundation"),
         dtype=snapshot.identity.get("foundation.dtype"),
-        top_k=moe.get("top_k") if isinstance(moe := adapters.get("moe"), dict) else None,
+        moe=moe if isinstance(moe := adapters.get("moe"), dict) else {},
         # Control and dual variables are a means of training, and no part of a model.
         left=tuple(name for name in own or () if ".control" not in name),
         closed=own is None,

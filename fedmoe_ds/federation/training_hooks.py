@@ -35,7 +35,9 @@ def training_hooks(
     def context(client: Client, round_index: int) -> RoundContext:
         own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
         known, statistics = planning.memory(client.index), averaged.delivered(state.server)
-        return RoundContext(round_index, own, state.utilisation_LE, told, known, statistics)
+        # Counts of clients' tokens, without noise: no other client may hear of them where clients are private.
+        used_LE = state.utilisation_LE if spec.config.privacy.clip is None else None
+        return RoundContext(round_index, own, used_LE, told, known, statistics)
 
     def assign(client: Client, round_index: int) -> Assignment:
         assignment = method.assign(client, context(client, round_index))
@@ -63,7 +65,10 @@ def training_hooks(
         objective=objective if method.overrides("objective") else None,
         sums=method.sums(),
         whole_steps=method.whole_steps,
+        teaches=method.teaches(),
         complete=add_pseudo_gradients,
+        start=method.start if method.overrides("start") else None,
+        project=method.project if method.overrides("project") else None,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         reduce_probe=method.reduce_probe,
         measure=method.measure,

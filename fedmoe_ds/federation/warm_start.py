@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.checkpoint.digest import global_digest
-from fedmoe_ds.config import AdapterConfig
+from fedmoe_ds.config import AdapterConfig, MoEAdapterConfig
+from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.identity import GONE, START, written_start
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.start_source import Source, block_of, find_start, open_source
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.adapter_bank import HEAD, Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
 from fedmoe_ds.storage.files import expanded
@@ -137,6 +138,10 @@ def _check_rank(source: Source, spec: RunSpec) -> None:
         )
 
 
+_FORMS = {"top_k": " at that budget", "linear": "", "router_input": ""}
+"""Keys of `adapters.moe` that no shape tells."""
+
+
 def _stem(name: str) -> str:
     return name.removesuffix(".lora_A").removesuffix(".lora_B").removesuffix(".weight")
 
@@ -155,6 +160,8 @@ def _ways(lost: list[str], adapters: AdapterConfig) -> Iterator[str]:
         yield "adapters.expert_training=lora" if adapters.expert_training == "full" else "adapters.experts=true"
     if ROUTER in lost:
         yield "adapters.router=train"
+    if HEAD in lost:
+        yield "adapters.head=train"
 
 
 def _keys(blocks: Iterable[BlockSpec], spec: RunSpec) -> Iterator[str]:
@@ -263,13 +270,8 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
         said.append(f"its rank {source.rank} gets {spec.config.adapters.rank - source.rank} further rows")
     if pairs and not merging and not _is_power_of_two(ratio):
         said.append(f"its scale {source.scale:g} is {source.scale / ratio:g} here, so B is rounded once")
-    moe, fresh = spec.config.adapters.moe, _fresh(source, spec)
-    # No tensor has another shape by it, and yet the experts' sum is another one.
-    if moe is not None and source.top_k not in (None, moe.top_k):
-        said.append(
-            f"adapters.moe.top_k was {source.top_k} there and is {moe.top_k} here, so it is another model at that budget"
-        )
-    if fresh:
+    said += _other_forms(source, spec.config.adapters.moe)
+    if fresh := _fresh(source, spec):
         said.append(f"without adapters of {', '.join(fresh)}, which start as usual")
     if source.left:
         said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
@@ -280,6 +282,17 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
     elif source.dtype not in (None, spec.config.foundation.dtype):
         said.append(f"it was trained on weights in {source.dtype}, here they are {spec.config.foundation.dtype}")
     return f"{START}: {'; '.join(said)}"
+
+
+def _other_forms(source: Source, moe: MoEAdapterConfig | None) -> Iterator[str]:
+    """What makes the experts' sum another one, though no tensor has another shape by it."""
+    if moe is None or not source.moe:
+        return
+    for key, words in _FORMS.items():
+        old, new = source.moe.get(key, type(moe).model_fields[key].default), getattr(moe, key)
+        if old != new:
+            was, now = inline_yaml(old), inline_yaml(new)
+            yield f"adapters.moe.{key} was {was} there and is {now} here, so it is another model{words}"
 
 
 def _fresh(source: Source, spec: RunSpec) -> list[str]:

@@ -52,6 +52,9 @@ class HostedLayer:
     w2: Tensor = field(repr=False)  # [L, D, F]
     unit: GatedUnit  # what its experts compute between the two products
     source_names: dict[str, str] = field(repr=False)  # prefix of a tensor's name -> prefix in Hugging Face's model
+    # Tensors that are parts of others: name -> that of the other one, and which part.
+    parts: dict[str, tuple[str, slice | tuple[slice, ...]]] = field(default_factory=dict, repr=False)
+    gated: bool = True  # False: w13 is [L, F, D], followed by GELU; nobody asks for `unit`
 
     @property
     def experts(self) -> range:
@@ -203,9 +206,14 @@ def _gated_unit(model: nn.Module, module: Any) -> GatedUnit:
 
 def _check_divisible(specs: list[Any], ep_size: int) -> None:
     for num_experts in sorted({spec.num_experts for spec in specs}):
-        if num_experts % ep_size:
-            valid = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
-            raise UserError(f"topology.ep_size: {ep_size}: {num_experts} experts cannot be split evenly; choose one of {valid}")
+        check_shards(num_experts, ep_size)
+
+
+def check_shards(num_experts: int, ep_size: int) -> None:
+    """Raise UserError unless every rank of a cluster can hold as many experts as the others."""
+    if num_experts % ep_size:
+        valid = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+        raise UserError(f"topology.ep_size: {ep_size}: {num_experts} experts cannot be split evenly; choose one of {valid}")
 
 
 def _hosted_layer(model: nn.Module, spec: Any, ep_size: int, ep_rank: int) -> HostedLayer:

@@ -135,7 +135,7 @@ def _from_gguf(file: Path, root: Path, note: Note) -> Path:
 
 
 def _from_pickled(source: Path, root: Path, note: Note) -> Path:
-    weights, beside = _pickled_files(source), _files_beside(source)
+    weights, beside = _pickled_files(source), files_beside(source)
     key = {"pickled": {path.name: _digest(path, root) for path in (*weights, *beside)}}
     said = f"{source.name}: {len(weights)} file(s) {PICKLED_FILE} to safetensors, the same tensors"
 
@@ -162,7 +162,8 @@ def _pickled_files(source: Path) -> list[Path]:
     return files
 
 
-def _files_beside(source: Path) -> list[Path]:
+def files_beside(source: Path) -> list[Path]:
+    """What a model folder holds beside weights."""
     found = {path for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.name not in (PICKLED_INDEX, RECORD_FILE))
 

@@ -22,8 +22,10 @@ from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
+from fedmoe_ds.foundation.channel_grouping import grouped
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
+from fedmoe_ds.foundation.expansion import Expansion
 from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
@@ -31,6 +33,7 @@ from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, r
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
+from fedmoe_ds.foundation.read_me import convert_read_me, converted_config
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
@@ -62,6 +65,7 @@ class Foundation:
     sites: list[FeedForwardSite] = field(default_factory=list)
     images: ImageInput | None = None
     code: str | None = None  # digest of the Python code that its tokenizer runs
+    expansion: Expansion | None = None  # where it has further layers, whose weights are clients'
 
     @property
     def sparse(self) -> bool:
@@ -71,7 +75,7 @@ class Foundation:
     @property
     def outline(self) -> Outline:
         """The same without its weights."""
-        return Outline(self.model, self.layers, self.sites, self.task, self.images)
+        return Outline(self.model, self.layers, self.sites, self.task, self.images, self.expansion)
 
 
 def planned_config(config: FoundationConfig) -> Any | None:
@@ -80,10 +84,14 @@ def planned_config(config: FoundationConfig) -> Any | None:
     Raises:
         UserError: an unknown preset, or a model folder without a usable configuration.
     """
+    found = None
     if config.path is None:
-        return None if config.preset is None else _preset(config.preset).config()
-    folder = expanded(config.path, "foundation.path")
-    return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
+        found = None if config.preset is None else _preset(config.preset).config()
+    elif ((folder := expanded(config.path, "foundation.path")) / CONFIG_FILE).is_file():
+        found = read_config(folder)
+    convert = config.convert
+    # Groups of channels leave a model its family.
+    return found if found is None or convert is None or convert.kind != "read-me" else converted_config(found, convert)
 
 
 def planned_task(config: FoundationConfig) -> Task | None:
@@ -100,6 +108,8 @@ def planned_task(config: FoundationConfig) -> Task | None:
 
 def planned_sparse(config: FoundationConfig) -> bool | None:
     """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
+    if config.convert is not None:
+        return True
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).family not in DENSE
     folder = expanded(config.path, "foundation.path")
@@ -108,12 +118,22 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     """Return a local model folder of safetensors: the given one, a hub snapshot, what these are converted into, or a preset,
-    pre-trained on the spot or out of a wheel. Rank 0 only.
+    pre-trained on the spot or out of a wheel; or what `foundation.convert` makes of one of these. Rank 0 only.
 
     Raises:
         UserError: neither path nor preset, an unknown preset, no such folder or hub id, a layout that is not read, no network
-            for a published preset, or an unwritable cache.
+            for a published preset, a model that cannot be converted so, or an unwritable cache.
     """
+    folder = _resolve_source(config, seed, progress)
+    if config.convert is None:
+        return folder
+    root = cache.root(config.cache)
+    if config.convert.kind == "read-me":
+        return convert_read_me(folder, config.convert, seed, root, progress)
+    return grouped(folder, config.convert, root, progress)
+
+
+def _resolve_source(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     if config.path is not None:
         return _check_folder(
             converted(_resolve_path(config.path, config.trust_remote_code), cache.root(config.cache), progress)
@@ -147,7 +167,7 @@ def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_r
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
     """
     folder = _check_folder(expanded(str(path), "foundation.path"))
-    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank)
+    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank, config.expand)
 
 
 def load_foundation(
@@ -190,6 +210,7 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         sites=known.sites,
         images=known.images,
         code=running(folder, trust),
+        expansion=skeleton.expansion,
     )
 
 

@@ -92,5 +92,6 @@ def layer_shape(model: Any, experts: list[Any]) -> LayerShape:
 def _inner_width(block: nn.Module, config: Any) -> int:
     """The width between the two products of a feed-forward block."""
     # Families join gate and up, or do not; what leads back is the same in all of them, but for ViT.
-    found = [module for path, module in block.named_modules() if path.endswith("down_proj")]
-    return int(found[0].in_features) if found else int(config.intermediate_size)
+    found = [module for path, module in block.named_modules() if path.endswith(("down_proj", "fc2"))]
+    # A bias alone has no products.
+    return int(found[0].in_features) if found else int(config.intermediate_size) if list(block.children()) else 0

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
+from fedmoe_ds.foundation.expansion import expansion_of
 from fedmoe_ds.foundation.mapped_weights import Memory, Slot
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, build_on_meta, host_model, read_config
 from fedmoe_ds.foundation.tensor_names import UNUSED
-from fedmoe_ds.foundation.weight_files import INDEX_FILE, WEIGHTS_FILE, Read, WeightFiles
+from fedmoe_ds.foundation.weight_files import INDEX_FILE, WEIGHTS_FILE, Part, Read, WeightFiles
 
 
 class Skeleton:
@@ -31,23 +34,25 @@ class Skeleton:
     Attributes:
         model: on the meta device; experts hosted.
         layers: its hosted layers; none in a dense model.
-        dense: slots of everything but experts, the same at every ep_size and on every rank.
+        dense: slots of everything but experts, the same at every ep_size and on every rank; none of further layers, whose
+            weights are clients'.
         experts: slots of this rank's experts.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, asked: ExpandConfig | None = None) -> None:
         """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
         self.folder = folder
         # Where there are no weights at all, what is wrong with the configuration is told first.
         files = WeightFiles(folder) if any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)) else None
         if files is not None:
             _check_depth(folder, read_config(folder), len(files.where))
-        self.model = build_on_meta(folder, dtype)
+        self.model = build_on_meta(folder, dtype, asked)
+        self.expansion = expansion_of(self.model, asked)
         self.layers = host_model(self.model, ep_size, ep_rank)
         self.files = files or WeightFiles(folder)
-        self.dense = _dense_slots(self.model, self.layers)
+        self.dense = [slot for slot in _dense_slots(self.model, self.layers) if not self._further(slot.name)]
         self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
-        _refuse_unknown(self.files, self.model, self.layers, {source_name(slot.name, self.layers) for slot in self.dense})
+        _refuse_unknown(self.files, self.model, self.layers, {self._source(slot.name)[0] for slot in self.dense})
 
     @property
     def slots(self) -> list[Slot]:
@@ -67,7 +72,8 @@ class Skeleton:
         Raises:
             UserError: a tensor or file is missing, damaged, quantised or of another shape.
         """
-        reads = [Read(source_name(slot.name, self.layers), memory[slot.name]) for slot in self.dense if slot.name in memory]
+        wanted = [slot.name for slot in self.dense if slot.name in memory]
+        reads = [Read(source, memory[name], part) for name in wanted for source, part in [self._source(name)]]
         for layer in self.layers:
             names = _expert_names(layer)
             if names[0] in memory:
@@ -85,10 +91,16 @@ class Skeleton:
         self.model.tie_weights()
         # Buffers outside the state dict (rotary tables) were computed on the CPU when the model was built.
         _move_buffers(self.model, device)
-        left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta]
+        left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta and not self._further(name)]
         assert not left, f"never loaded: {left}"
         model: nn.Module = self.model.requires_grad_(False).eval()
         return model
+
+    def _further(self, name: str) -> bool:
+        return self.expansion is not None and self.expansion.holds(name)
+
+    def _source(self, name: str) -> tuple[str, Part | None]:
+        return _source(name if self.expansion is None else self.expansion.source(name), self.layers)
 
 
 def load_model(
@@ -127,6 +139,8 @@ def _expert_slots(layer: HostedLayer, dtype: torch.dtype) -> list[Slot]:
 
 def _expert_reads(layer: HostedLayer, files: WeightFiles, w13_LGD: Tensor, w2_LDF: Tensor) -> list[Read]:
     """What fills this rank's experts of one layer, expert by expert."""
+    if isinstance(layer, GroupedLayer):
+        return _group_reads(layer, w13_LGD, w2_LDF)
     source = layer.source_names[f"{layer.name}.experts."]
     fused = f"{source}gate_up_proj" in files
     reads = []
@@ -142,6 +156,17 @@ def _expert_reads(layer: HostedLayer, files: WeightFiles, w13_LGD: Tensor, w2_LD
             reads.append(Read(f"{source}{expert}.gate_proj.weight", gate_FD))
             reads.append(Read(f"{source}{expert}.up_proj.weight", up_FD))
             reads.append(Read(f"{source}{expert}.down_proj.weight", w2_LDF[local]))
+    return reads
+
+
+def _group_reads(layer: GroupedLayer, w13_LGD: Tensor, w2_LDF: Tensor) -> list[Read]:
+    """Of groups of channels: rows of the matrices that lead to them, columns of the one that leads back."""
+    reads = []
+    for local, expert in enumerate(layer.experts):
+        channels = layer.channels(expert)
+        halves = w13_LGD[local].chunk(len(layer.inner))
+        reads += [Read(f"{layer.name}.{leaf}.weight", half, channels) for leaf, half in zip(layer.inner, halves, strict=True)]
+        reads.append(Read(f"{layer.name}.{layer.outer}.weight", w2_LDF[local], (slice(None), channels)))
     return reads
 
 
@@ -162,6 +187,9 @@ def _refuse_unknown(files: WeightFiles, model: Any, layers: list[HostedLayer], d
     known = dense | set(model.all_tied_weights_keys)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for layer in layers:
+        if isinstance(layer, GroupedLayer):
+            known |= {f"{layer.name}.{leaf}.weight" for leaf in (*layer.inner, layer.outer)}
+            continue
         source = layer.source_names[f"{layer.name}.experts."]
         known |= {f"{source}gate_up_proj", f"{source}down_proj"}
         for expert in range(layer.num_experts):
@@ -181,6 +209,14 @@ def source_name(name: str, layers: list[HostedLayer]) -> str:
             if name.startswith(hosted):
                 return source + name.removeprefix(hosted)
     return name
+
+
+def _source(name: str, layers: list[HostedLayer]) -> tuple[str, Part | None]:
+    """The same, with the part of it that the tensor is; None for all of it."""
+    for layer in layers:
+        if name in layer.parts:
+            return layer.parts[name]
+    return source_name(name, layers), None
 
 
 def _storage_dtype(model: Any, name: str, tensor: Tensor) -> torch.dtype:

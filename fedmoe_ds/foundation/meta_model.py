@@ -11,9 +11,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import pre_gate
 from fedmoe_ds.foundation.autoep import HostedLayer, host_experts
+from fedmoe_ds.foundation.channel_groups import host_groups
 from fedmoe_ds.foundation.dense import is_dense, type_task
+from fedmoe_ds.foundation.expansion import check_parts, expand
 from fedmoe_ds.storage.strict_json import read_json
 
 CONFIG_FILE = "config.json"
@@ -62,14 +66,20 @@ def _check_sizes(folder: Path, config: Any) -> None:
                 )
 
 
-def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU."""
+def build_on_meta(folder: Path, dtype: torch.dtype, asked: ExpandConfig | None = None) -> Any:
+    """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU.
+
+    Args:
+        asked: further layers.
+    """
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"foundation.path: {folder}: the weights are quantised; give a model that is not: "
             "the one it was made of, or for bitsandbytes what AutoModelForCausalLM.from_pretrained(folder).dequantize() saves"
         )
+    if asked is not None:
+        expand(config, asked, str(folder))
     factory: Any = AutoModelForImageClassification
     if type_task(config.model_type) == "causal_lm":
         factory = AutoModelForCausalLM
@@ -92,6 +102,9 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     # from_config leaves it empty; messages of other modules name the folder by it.
     model.config._name_or_path = str(folder)
+    if asked is not None:
+        check_parts(model, str(folder))
+    pre_gate.attach(model, dtype)
     return model
 
 
@@ -105,10 +118,11 @@ def _refuse_own_code(folder: Path, error: Exception) -> None:
 
 
 def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
-    """Host the experts of a sparse model; of a dense one there are none. Freezes the model; see `host_experts`."""
+    """Host the experts of a sparse model; of a dense one there are none but groups of channels. Freezes the model; see
+    `host_experts`."""
     if is_dense(model):
         model.requires_grad_(False)
-        return []
+        return host_groups(model, ep_size, ep_rank)
     try:
         return host_experts(model, ep_size, ep_rank)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a field that transformers has not looked at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import feed_forward_sites, vocabulary
+from fedmoe_ds.foundation.expansion import Expansion
 from fedmoe_ds.foundation.layer_shape import LayerShape, layer_shape
 
 
@@ -18,7 +20,8 @@ class ModelSize:
 
     Of a dense model, `layers` counts feed-forward blocks, `ffn` is their width, and there are no experts. `vocabulary` is the
     number of rows of the input embedding, 0 for an image classifier, which has none; `tied` says that the output matrix is the
-    same. `depth` counts all layers, those without experts too, and `layer` is what one of them is beside its experts.
+    same. `depth` counts all layers, those without experts too, and `layer` is what one of them is beside its experts. Of the
+    dense parameters, `owned` are those of further layers, which the frozen model has no memory for.
     """
 
     dense_parameters: int
@@ -33,6 +36,7 @@ class ModelSize:
     depth: int
     layer: LayerShape
     tied: bool = False
+    owned: int = 0
 
     @property
     def head_and_body(self) -> int:
@@ -40,10 +44,14 @@ class ModelSize:
         return self.dense_parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
 
-def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
-    """Measure a model on any device, meta included, at any ep_size; `layers` is empty for a dense model."""
+def model_size(model: Any, layers: list[HostedLayer], expansion: Expansion | None = None) -> ModelSize:
+    """Measure a model on any device, meta included, at any ep_size; `layers` is empty for a dense model.
+
+    Args:
+        expansion: where it has further layers.
+    """
     if not layers:
-        return _dense_size(model)
+        return _dense_size(model, expansion)
     held = sum(layer.w13.numel() + layer.w2.numel() for layer in layers)
     total = sum(parameter.numel() for parameter in _parameters(model))
     first = layers[0]
@@ -57,15 +65,16 @@ def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
         top_k=first.top_k,
         hidden=first.hidden_size,
         ffn=first.ffn_hidden_size,
-        vocabulary=model.config.vocab_size,
+        vocabulary=vocabulary(model.config),
         depth=model.config.num_hidden_layers,
         layer=layer_shape(model, layers),
-        tied=model.config.tie_word_embeddings,
+        tied=vocabulary(model.config) > 0 and model.config.tie_word_embeddings,
     )
 
 
-def _dense_size(model: Any) -> ModelSize:
+def _dense_size(model: Any, expansion: Expansion | None) -> ModelSize:
     sites = feed_forward_sites(model)
+    further = [] if expansion is None else [math.prod(shape) for _, shape in expansion.weights(model)]
     parameters = _parameters(model)
     return ModelSize(
         dense_parameters=sum(parameter.numel() for parameter in parameters),
@@ -80,6 +89,7 @@ def _dense_size(model: Any) -> ModelSize:
         depth=len(sites),
         layer=layer_shape(model, []),
         tied=vocabulary(model.config) > 0 and model.config.tie_word_embeddings,
+        owned=sum(further) * (0 if expansion is None else expansion.blocks),
     )
 
 

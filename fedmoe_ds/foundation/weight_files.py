@@ -27,13 +27,17 @@ _LONGEST_NAME = 255
 BYTES_PER_OPEN = 64 * 2**20
 
 
+Part = slice | tuple[slice, ...]
+"""Some of a tensor: of its rows, or of every axis."""
+
+
 @dataclass(frozen=True)
 class Read:
-    """One tensor (or some of its leading rows) of the checkpoint and the memory that receives it."""
+    """One tensor (or a part of it) of the checkpoint and the memory that receives it."""
 
     name: str
     target: Tensor
-    rows: slice | None = None
+    part: Part | None = None
 
 
 class WeightFiles:
@@ -100,7 +104,7 @@ class WeightFiles:
     def _copy(self, file: Any, path: Path, read: Read) -> None:
         stored = self.where[read.name][1]
         try:
-            source: Tensor = file.get_tensor(stored) if read.rows is None else file.get_slice(stored)[read.rows]
+            source: Tensor = file.get_tensor(stored) if read.part is None else file.get_slice(stored)[read.part]
         except SafetensorError as error:
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' cannot be read: {first_line(error)}; get the whole model"

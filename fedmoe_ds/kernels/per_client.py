@@ -29,7 +29,7 @@ class Segment:
     longest: int
 
 
-def _rows(like_BSD: Tensor, width: int, segments: list[Segment]) -> Tensor:
+def room_for(like_BSD: Tensor, width: int, segments: list[Segment]) -> Tensor:
     """Room for the result; zeroed only where rows belong to nobody (the stand-in row of an idle rank)."""
     shape = (*like_BSD.shape[:-1], width)
     covered = sum(seg.stop - seg.start for seg in segments) == like_BSD.shape[0]
@@ -44,7 +44,7 @@ class _ClientLinear(torch.autograd.Function):
         ctx.save_for_backward(x_BSD)
         # Bank tensors are attributes and not saved: they are no inputs of autograd, and their gradients go into the bank.
         ctx.weight_COD, ctx.grad_COD, ctx.segments = weight_COD, grad_COD, segments
-        y_BSO = _rows(x_BSD, weight_COD.shape[1], segments)
+        y_BSO = room_for(x_BSD, weight_COD.shape[1], segments)
         for seg in segments:
             weight_OD = weight_COD[seg.slot].to(x_BSD.dtype)
             y_BSO[seg.start : seg.stop] = frozen_rows(x_BSD[seg.start : seg.stop], weight_OD, transposed=True)
@@ -54,7 +54,7 @@ class _ClientLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_BSD,) = ctx.saved_tensors
         dy_BSO = grads[0]
-        dx_BSD = _rows(x_BSD, x_BSD.shape[-1], ctx.segments) if ctx.needs_input_grad[0] else None
+        dx_BSD = room_for(x_BSD, x_BSD.shape[-1], ctx.segments) if ctx.needs_input_grad[0] else None
         for seg in ctx.segments:
             dy_TO = dy_BSO[seg.start : seg.stop].flatten(0, -2)
             x_TD = x_BSD[seg.start : seg.stop].flatten(0, -2)
@@ -86,7 +86,7 @@ class _ClientScale(torch.autograd.Function):
     def forward(ctx: Any, h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]) -> Tensor:
         ctx.save_for_backward(h_BSD)
         ctx.scale_C1, ctx.grad_C1, ctx.segments = scale_C1, grad_C1, segments
-        y_BSD = _rows(h_BSD, h_BSD.shape[-1], segments)
+        y_BSD = room_for(h_BSD, h_BSD.shape[-1], segments)
         for seg in segments:
             y_BSD[seg.start : seg.stop] = h_BSD[seg.start : seg.stop] * scale_C1[seg.slot].to(h_BSD.dtype)
         return y_BSD
@@ -95,7 +95,7 @@ class _ClientScale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h_BSD,) = ctx.saved_tensors
         dy_BSD = grads[0]
-        dh_BSD = _rows(h_BSD, h_BSD.shape[-1], ctx.segments)
+        dh_BSD = room_for(h_BSD, h_BSD.shape[-1], ctx.segments)
         for seg in ctx.segments:
             rows = slice(seg.start, seg.stop)
             ctx.grad_C1[seg.slot].add_(_in_order((dy_BSD[rows] * h_BSD[rows]).sum(-1, dtype=torch.float32)))
@@ -106,3 +106,22 @@ class _ClientScale(torch.autograd.Function):
 def client_scale(h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]) -> Tensor:
     """s_c * h for the rows of each client c, with a learnable scalar s_c per client."""
     return _ClientScale.apply(h_BSD, anchor, scale_C1, grad_C1, segments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ClientBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TO: Tensor, bias_O: Tensor, grad_O: Tensor) -> Tensor:
+        ctx.grad_O = grad_O
+        return y_TO + bias_O.to(y_TO.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        dy_TO = grads[0]
+        # One row after the other, as in `_in_order`.
+        ctx.grad_O.add_(dy_TO.double().cumsum(0)[-1].float())
+        return dy_TO, None, None
+
+
+def client_bias(y_TO: Tensor, bias_O: Tensor, grad_O: Tensor) -> Tensor:
+    """y + b for the rows of one client; the gradient of b is added to `grad_O`."""
+    return _ClientBias.apply(y_TO, bias_O, grad_O)  # type: ignore[no-any-return, no-untyped-call]

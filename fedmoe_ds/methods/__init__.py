@@ -9,7 +9,7 @@ from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import FIRST_STEP, Assignment, PseudoGradient, leading
 from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
-from fedmoe_ds.clients.client import Client, counts_of
+from fedmoe_ds.clients.client import Client, counts_of, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
 from fedmoe_ds.clients.facility_location import Facilities
@@ -18,19 +18,21 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.expansion import OUTPUTS
+from fedmoe_ds.foundation.pre_gate import router_loss
 from fedmoe_ds.methods.base import (
-    Combined,
     Method,
     MethodParams,
-    present,
-    product_norms,
 )
+from fedmoe_ds.methods.combined import Combined
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.own_experts import check_own_experts, without_routers
+from fedmoe_ds.methods.presence import present
+from fedmoe_ds.methods.product_norms import product_norms
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
-from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import OWNED, ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.class_sums import CLASS_FEATURES, CLASS_TARGETS, class_means, class_shapes, class_sums
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
@@ -47,6 +49,8 @@ __all__ = [
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
     "FIRST_STEP",
+    "OUTPUTS",
+    "OWNED",
     "RESCALER",
     "ROUTER",
     "ROUTER_BIAS",
@@ -111,8 +115,10 @@ __all__ = [
     "present",
     "product_norms",
     "remembered_block",
+    "router_loss",
     "scattered",
     "shared_blocks",
+    "tiers_of",
     "upload",
     "watts",
     "with_defaults",

@@ -7,7 +7,9 @@ Legend: L layers, E experts of the model, R adapter rank.
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     objective(client)       what is minimised and summed up at the model's output
     reduce_probe(squares)   numbers made of a pass of its gradient probe, before the first step
+    start(view)             what it starts from, where that is not what it receives
     adjust(view)            a change of its gradients, before clipping
+    project(view)           a change of its values, after a step
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
@@ -29,11 +31,9 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -47,6 +47,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
+from fedmoe_ds.methods.combined import Combined
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
@@ -70,15 +71,6 @@ class MethodParams(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class Combined:
-    """A new global adapter: A [R, I], B [O, R], and a product (B [O, Q], A [Q, I]) that moves into the frozen weight."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    absorbed: tuple[Tensor, Tensor] | None = None
-
-
 class Method:
     """FedAvg on whatever is trained; methods override what they change.
 
@@ -92,9 +84,9 @@ class Method:
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
         attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
+        scored: whether they ask for the scores of samples (`RoutingObserver.scored`), which not all data have.
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
-            over rows, for a decision, for a quantile.
+        whole_steps: whether its observer or objective needs all rows of a local step at once: for a decision, or a quantile.
         logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
@@ -113,6 +105,8 @@ class Method:
         surveys: whether statistics are those of a pass over clients' data after the aggregation, and not of their training.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
+        pre_gated: whether it trains a router before the layers (`foundation/pre_gate.py`), which has no gradient otherwise.
+        unlabelled: whether it can train clients whose labels the data hide (`data.labels`).
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -122,10 +116,11 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the six below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the seven below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     attends: bool = False
+    scored: bool = False
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1
@@ -143,6 +138,8 @@ class Method:
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    pre_gated: ClassVar[bool] = False
+    unlabelled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
     most_delay: int = 0  # may be set from the parameters, too
     candidates: int = 0  # and this
@@ -174,11 +171,13 @@ class Method:
         return []
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
-        """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
-
-        Asked for personal blocks of the bank and for those of `client_state`, never for what a correction of drift keeps.
-        """
+        """What a personal block of the bank, or of `client_state`, is filled with before the first round; None: the global
+        initial value, or zero. Never asked for what a correction of drift keeps."""
         return 1.0 if spec.name == RESCALER else None
+
+    def begins_as(self, spec: BlockSpec) -> str | None:
+        """The block whose global initial value a block of `client_state` begins with; None: `initial`, or zero."""
+        return None
 
     def memory(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that the server knows of every client that has been trained: few, float64, on every
@@ -208,6 +207,10 @@ class Method:
         """What the client minimises, or sums up, at the model's output; None: cross-entropy, and no sums."""
         return None
 
+    def teaches(self) -> bool:
+        """Whether its objectives ask the received model before the first step (`Objective.teach`)."""
+        return False
+
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
         return {}
@@ -229,13 +232,20 @@ class Method:
         """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made; no routing."""
         raise NotImplementedError
 
+    def start(self, view: ClientView) -> dict[str, Tensor]:
+        """What it starts from, and what its change is measured from, by block, where that is not what it receives."""
+        return {}
+
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
+
+    def project(self, view: ClientView) -> None:
+        """Put values back into where they must be, in place, after each of the client's steps; elementwise or per item."""
 
     # After local training
 
     def measure(self, view: ClientView) -> dict[str, Tensor]:
-        """Named float64 numbers [L, E, ...] about expert blocks, and [L] about dense ones, from the tensors in `view`."""
+        """Named float64 numbers [L, E] or [L, E, ...] about expert blocks, [L] about dense ones, from the tensors in `view`."""
         return {}
 
     def remember(self, update: ClientUpdate) -> dict[str, Tensor]:
@@ -254,6 +264,10 @@ class Method:
         return {}
 
     # Aggregation
+
+    def resting(self, round_index: int) -> frozenset[str]:
+        """Names of the blocks that nobody is to train in this round; where the round averages nothing of others, it says so."""
+        return frozenset()
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
@@ -301,21 +315,3 @@ class Method:
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
-
-
-def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
-    """1 where the client has rows: bool [L, E] for expert blocks, all of [L] for dense ones.
-
-    A client that routed no row to an expert returns what it received. Where it received all rows that is harmless: it stands
-    for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
-    """
-    return update.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
-
-
-def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
-    """||B A||_F of every pair of a batch, float64 [...], from the R x R Gram matrices: B A is never formed."""
-    # ||B A||_F^2 = tr(A A^T B^T B), which for two symmetric matrices is the sum of their elementwise product. Gram matrices
-    # square the numbers, hence float64; the clamp takes off what rounding leaves below zero.
-    a, b = a_GRI.double(), b_GOR.double()
-    gram_a, gram_b = a @ a.mT, b.mT @ b
-    return torch.sqrt(torch.clamp((gram_a * gram_b).sum((-2, -1)), min=0.0))

@@ -12,11 +12,11 @@ the choice of clients and of modalities, by submodular functions, the second. CO
     imbalance    r = sum_n softmax(s_0)[y_n] / sum_n softmax(s_1)[y_n]               of a batch
     loss         CE(z, y) + alpha CE(s_w, y),   w = 1 where r > 1, 0 where r < 1, no second term where r = 1
                  CE(z_m, y) + alpha CE(s_m, y)                                       of a client that trains m alone
-    choice       one client after the other, out of max(S, N/10) drawn ones that are not chosen, the one that minimises
+    choice       one client after the other, out of max(S, N/10) drawn ones not chosen yet, the one that minimises
                  sum_i min(own_i, |u_i - u_j|): facility location on the clients' updates u
     modality     where the weighted mean R of the clients' r_k is above 1, the best candidate by updates of encoder 1 alone is
-                 taken, to train 1 alone, if its own r_k exceeds a threshold, else the best by whole updates; mirrored for R at
-                 most 1 and 1 / r_k. Updates of modality m alone have nearest chosen ones of their own
+                 taken, to train 1 alone, if its own r_k exceeds a threshold, otherwise the best by whole updates; mirrored for
+                 R at most 1 and 1 / r_k. Updates of modality m alone have nearest chosen ones of their own
     mean         an encoder over the clients that trained it, by data size
 
 COMPLETION:

@@ -90,6 +90,17 @@ class FFTMoE(Method):
                 "adapters.moe: null: FFT-MoE trains adapter experts beside a dense foundation; add the section, for instance "
                 "adapters.moe={experts: 8, top_k: 4}"
             )
+        if self.params.auxiliary == "global" and self.params.coefficient and config.privacy.clip is not None:
+            raise UserError(
+                "method.auxiliary: global: its targets are counts of all clients' tokens, which noise does not cover "
+                "(privacy.clip); use another one"
+            )
+
+        if self.params.auxiliary == "global" and config.adapters.moe.zero:
+            raise UserError(
+                f"adapters.moe.zero: {config.adapters.moe.zero}: method.auxiliary=global has a target for experts that are "
+                "used, and none for these; use 0, or switch or adaptive"
+            )
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         # Layers are called by the model's own indices; targets are rows of the layers that have experts.

@@ -1,4 +1,4 @@
-"""Own experts: what a configuration must have where every model of a client is a trunk with adapter experts of its own."""
+"""Own experts: what a configuration must have where every model of a client is a frozen trunk with experts of its own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,27 @@ def check_own_experts(config: Config, title: str, model: str) -> None:
             f"adapters.moe.top_k: {adapters.moe.top_k}: a {model} of {title} uses its own expert alone; use 1, and "
             f"federation.tiers.N.experts for how many {model}s a client trains"
         )
-    for key, shared in (("attention", adapters.attention), ("feed_forward", adapters.feed_forward)):
-        if shared:
+    routing: dict[str, tuple[object, object]] = {
+        "zero": (adapters.moe.zero, 0),
+        "router_input": (adapters.moe.router_input, "token"),
+    }
+    routing["gate"] = adapters.moe.gate, "softmax"
+    for key, (value, usual) in routing.items():
+        if value != usual:
+            raise UserError(
+                f"adapters.moe.{key}: {value}: a {model} of {title} uses its own expert alone, and its router decides nothing; "
+                "drop the key"
+            )
+    common: dict[str, tuple[object, object]] = {
+        "attention": (adapters.attention, []),
+        "feed_forward": (adapters.feed_forward, []),
+    }
+    common |= {"moe.shared": (adapters.moe.shared, 0), "head": (adapters.head, "frozen")}
+    for key, (shared, usual) in common.items():
+        if shared != usual:
             raise UserError(
                 f"adapters.{key}: {shared}: all {model}s of {title} would train them together and be no models of "
-                "their own; use []"
+                f"their own; use {usual}"
             )
     for key, loss in (("balance_loss", config.local.balance_loss), ("z_loss", config.local.z_loss)):
         if loss > 0:

@@ -41,31 +41,53 @@ _COMBINATIONS = """\
 | `server.optimizer` | `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fedams` |
 | `federation.sampling` | `uniform`, `size`, `budget` |
 | `federation.budget` | what a tier buys |
-| `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
+| `adapters.attention`, `adapters.router`, `adapters.head` | LoRA on attention; trained routers; a trained head |
 
-A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
-(`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
-variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
-mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
-ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with LoRA or more than one active expert,
-`bmsfed` without images of two views (`data.form`) and all others with them, `fed-moe`, `flux` and `ub-smoe` where experts are
-not trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix`, `shefl`
-and `bmsfed` with `local.balance_loss`, control or dual variables where clients of `shefl` send a part of their changes,
-micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
-`local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
+A combination without a meaning is refused in one line before anything is loaded:
+
+* a server optimizer where there is no mean: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`,
+  `local-only`, `centralised`
+* control or dual variables where the adapters' coordinates or weights change every round, and where clients of `shefl` send a
+  part of their changes
+* dual variables where what is averaged is no plain mean of adapters: `q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`,
+  `ota-ffl`, `raffm`; `fed-moe` with trained routers
+* unequal ranks where A and B are averaged element by element
+* `hfedmoe` and `flex-moe` with a frozen router; `fed-moe`, `flux` and `ub-smoe` where experts are not trained; `flux` with
+  adapter experts and, by attention, with packed samples
+* `flame` on a dense model; `fft-moe`, `mor`, `split-mix`, `shefl` and `bmsfed` on a sparse one, the last three with anything
+  that their models would share; `mor` where samples have no score; `bmsfed` without images of two views, and all others with
+  them (`data.form`)
+* `raffm` without `foundation.convert`, and what needs a router on groups of channels; `fedbe` without `foundation.expand`
+* `read-me` where routers are in the layers, and where one runs before them every other method with a trained router, an
+  auxiliary loss of it or a bias on it
+* `fl-games` with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides
+* hidden labels with every method but `fedmox`
+* `local.balance_loss` with `fed-moe`, `flex-moe`, `split-mix`, `shefl` and `bmsfed`
+* micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or
+  `local.balance_loss`
+* privacy with every method that sends more than changes, or weighs them by data ([privacy.md](privacy.md))
+
+Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
-`scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
+`fl-games` (its head, and `buffer` more), `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was
+trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step, `bmsfed` those of both modalities, and every rank keeps 130 numbers of each of its clients; `fedfm` sums
-up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most); `cc-fao` keeps the global adapters
-of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's experts in every local step, over the ranks of its
-cluster. Of every client that was trained, `fed-moe` and `flex-moe` keep three numbers per layer and expert on every rank, and
-every rank solves `flex-moe`'s programs before a round: about a second for 1 000 participants, 64 experts and 16 layers
-([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's first round `prism` takes each of its samples through the
-model alone, forward and backward; the client keeps a number of each.
+client's whole step, `bmsfed` those of both modalities; `bmsfed` keeps 130 numbers of every client on every rank; `fedfm`
+sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
+`cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
+experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
+`flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
+about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
+first round `prism` takes each of its samples through the model alone, forward and backward; the client keeps a number of each.
+`fedmox` takes all samples of a round through the model once more, forward, where their labels are hidden.
+
+With `server.training` the server trains the global adapters on the public split (`data.public`) after every round's step,
+whatever the method, and with `warm_up` before the first: cross-entropy, clients' settings (`local`), a rate and epochs of its
+own. Refused where clients have parts of their own (`fedsa-lora`, `flex-moe`, `flame`'s rescaler), no model in common
+(`local-only`, `split-mix`, `shefl`) or pooled data. Its loss is in the record. `server.lr: 0` leaves it alone with the
+adapters. FedMox's soft mixture with share alpha of the old model is `server.lr: 1 - alpha`.
 """
 _ADDING = '''\
 ## Adding a method
@@ -162,11 +184,16 @@ class Struggling(Method):
 
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
-experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`), whether it trains its head
+(`trains_head`), and which samples it uses;
 that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; that it
 sends only a share of what it changed (`density`); and on which samples its gradients are looked at before the first step
 (`probe`), for `reduce_probe` to make numbers of. The plan says what work that is: `dataclasses.replace(client, used=N,
 probed=N, rollouts=N)`.
+An objective with `teach` is told what the received model makes of its targets (`taught_N`), where the method's `teaches` says
+so; one that needs no labels serves clients whose labels are hidden, where the method is `unlabelled`.
+`start` lets it start from other values than the global ones, and `project` moves values back after each of its steps; a block
+of `client_state` may begin as another one does (`begins_as`), and what a round leaves alone on purpose is `resting`.
 What its objectives sum up key by key, by class say, is averaged over clients with `statistics` and `summary`, and is in the
 next round's `context.statistics`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With

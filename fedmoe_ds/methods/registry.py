@@ -11,6 +11,7 @@ from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.methods.base import Method
 from fedmoe_ds.methods.contradictions import contradictions
+from fedmoe_ds.methods.private import private
 from fedmoe_ds.methods.requirements import check_idle, check_needs
 
 GROUP = "fedmoe_ds.methods"
@@ -75,6 +76,8 @@ def _is_ours(method: type[Method], name: str) -> bool:
 def method_for(config: Config) -> Method:
     """The method of a run, checked against the whole configuration before anything is loaded."""
     method = load_method(config.method)
+    if config.privacy.clip is not None:
+        method = private(method, config)
     check_needs(method, config.method.name, config)
     method.check_config(config)
     check_idle(method.params, config)

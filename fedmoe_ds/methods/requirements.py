@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
-from fedmoe_ds.data.forms import FORMS
+from fedmoe_ds.data.forms import FORMS, has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
 from fedmoe_ds.methods.client_drift import DUAL
@@ -43,6 +43,14 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
             "end are attended to apart; use false"
         )
+    if method.candidates:
+        refuse_zero_experts(config)
+    if method.scored and not has_scores(config.data.form):
+        raise UserError(
+            f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; "
+            "use degraded, with a set of images"
+        )
+    _check_public(method, name, config)
     _check_views(method, name, config)
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
@@ -61,6 +69,19 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         )
 
 
+def _check_public(method: Method, name: str, config: Config) -> None:
+    """The server trains what all clients share, and labels that clients do not have train nobody."""
+    if config.data.labels == "hidden" and not method.unlabelled:
+        raise UserError(f"data.labels: hidden: method {name} trains clients on labels; use shown, or method.name=fedmox")
+    if config.server.training is None:
+        return
+    own = method.personal_models or method.rescaler is not None or method.ensembles or method.pooled
+    if own or not method.averages:
+        raise UserError(
+            f"server.training: method {name} has no one model of all clients that the server could train; drop the section"
+        )
+
+
 def _check_views(method: Method, name: str, config: Config) -> None:
     """Every model of a client reads a view, and every view has a model that reads it."""
     kind, views = config.data.form.kind, FORMS[config.data.form.kind].views
@@ -68,8 +89,7 @@ def _check_views(method: Method, name: str, config: Config) -> None:
         fitting = " or ".join(other for other, form in FORMS.items() if form.views == method.views)
         raise UserError(
             f"data.form.kind: {kind}: images have {_views(views)}, and the models of method {name} read "
-            f"{_views(method.views)}; "
-            f"use {fitting}"
+            f"{_views(method.views)}; use {fitting}"
         )
 
 
@@ -110,6 +130,16 @@ def check_idle(params: MethodParams, config: Config) -> None:
             raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
 
 
+def refuse_zero_experts(config: Config) -> None:
+    """Raise UserError where a router's bias, which is known per expert, would meet experts that add nothing."""
+    moe = config.adapters.moe
+    if moe is not None and moe.zero:
+        raise UserError(
+            f"adapters.moe.zero: {moe.zero}: method {config.method.name} moves routers by how much experts are used, and these "
+            "are not there to be used; use 0"
+        )
+
+
 def refuse_server_step(name: str, server: ServerConfig) -> None:
     """Raise UserError unless the server takes what the method gives it."""
     if server.optimizer != "fedavg":
@@ -134,6 +164,11 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
             raise UserError(
                 f"federation.tiers.{i}.layers: {tier.layers}: here a budget buys {bought}, not layers; drop the key, or use "
                 "embracing-fl with federation.budget=method"
+            )
+        if tier.blocks is not None and bought != "blocks":
+            raise UserError(
+                f"federation.tiers.{i}.blocks: {tier.blocks}: here a budget buys {bought}, not further layers; drop the key, "
+                "or use fedbe with federation.budget=method"
             )
         if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
             raise UserError(

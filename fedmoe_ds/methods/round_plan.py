@@ -90,7 +90,7 @@ class RoundContext:
     Attributes:
         round: from 1; 0 stands for the evaluation of the client's tier, or of its own model.
         client_state: the client's dense personal state, [L, *item] by block.
-        utilisation_LE: routed rows over all clients of the last round, or None.
+        utilisation_LE: routed rows over all clients of the last round, or None; always None where clients are private.
         plan: the client's part of the round's plan, or None.
         memory: what the server knows of it; of an evaluation, where clients keep models of their own alone.
         statistics: those of the method, as the last round has left them; none in an evaluation.

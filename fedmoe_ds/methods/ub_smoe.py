@@ -102,6 +102,14 @@ class UBSMoE(Method):
     )
     needs = frozenset({"experts"})
 
+    def check_config(self, config: Config) -> None:
+        moe = config.adapters.moe
+        if moe is not None and moe.zero and self.params.routing == "modulated":
+            raise UserError(
+                f"adapters.moe.zero: {moe.zero}: phi moves routers by how much experts are used, and these are not there to be "
+                "used; use 0, or method.routing=plain"
+            )
+
     def check(self, facts: ModelFacts) -> None:
         told = self.params.candidates
         if told is not None and not facts.top_k <= told <= facts.num_experts:

@@ -19,6 +19,13 @@ from torch import Tensor
 ROUTER_BIAS = "router_bias"
 """Name of the block of what is added to the routers' logits, one number per expert; the server's, no client trains it."""
 
+HEAD, HEAD_BIAS = "head.weight", "head.bias"
+"""Names of the blocks of a trained head: what makes logits of hidden states, after all layers."""
+
+
+OWNED = "expanded."
+"""What names of blocks begin with that are whole weights of further layers, in which every client has its own."""
+
 
 def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
     """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
@@ -64,6 +71,16 @@ class BlockSpec:
     decay: bool = True
     trained: bool = True
     axis: str = "layers"
+
+    @property
+    def owned(self) -> bool:
+        """Whether it is a weight of further layers, and beside no frozen one."""
+        return self.name.startswith(OWNED)
+
+    @property
+    def after_layers(self) -> bool:
+        """Whether it is a part of the head: its gradient comes through no layer."""
+        return self.name in (HEAD, HEAD_BIAS)
 
     @property
     def pair(self) -> str | None:

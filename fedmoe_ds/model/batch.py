@@ -44,6 +44,7 @@ class Rows:
     labels: np.ndarray | None = None  # int64 [B]
     positions: int = 1
     drawn_at: Address | None = None  # where dropout draws; None outside training
+    scores: np.ndarray | None = None  # float32 [B], of images whose form knows one
     members: tuple[np.ndarray, ...] = ()
 
     @classmethod
@@ -64,21 +65,17 @@ class Rows:
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
         pixels = part.pixels if images is None or view is None else _seen(part.pixels, view, images)
-        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_LE, pixels, part.labels, positions, drawn_at)
+        own = (part.input_ids, part.loss_mask, allowed_LE, pixels, part.labels)
+        return cls(slot, cap, *own, positions, drawn_at, part.scores)
 
     @classmethod
     def fused(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of several members of one client, of the same samples, in one pass."""
         first = parts[0]
-        ids = [sequence for part in parts for sequence in part.input_ids]
-        masks = [mask for part in parts for mask in part.loss_mask]
-        given: dict[str, Any] = {
-            "input_ids": ids,
-            "loss_mask": masks,
-            "members": tuple(part.masks[0] for part in parts),
-            "allowed_LE": None,
-        }
-        for name in ("pixels", "labels"):
+        ids, masks = ([each for part in parts for each in getattr(part, name)] for name in ("input_ids", "loss_mask"))
+        given: dict[str, Any] = {"input_ids": ids, "loss_mask": masks, "allowed_LE": None}
+        given["members"] = tuple(part.masks[0] for part in parts)
+        for name in ("pixels", "labels", "scores"):
             own = [getattr(part, name) for part in parts]
             given[name] = None if own[0] is None else np.concatenate(own)
         return replace(first, **given)
@@ -138,6 +135,7 @@ class Batch:
     pixels_BCHW: Tensor | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None  # per segment; None outside training
+    scores_T: Tensor | None = None  # float32, of every row its sample's; None where samples have none
 
     def predicting(self, hidden_BSD: Tensor) -> Tensor:
         """[N, D]: the hidden states that predict a target, in row order."""
@@ -217,14 +215,23 @@ def _batch(
     # The mask is that of the client, or of one of its members, and each row says which one is its own.
     of_masks = [n * valid.shape[1] // len(part.masks) for n, part in zip(counts, rows, strict=True) for _ in part.masks]
     masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(masks)), of_masks)]
-    tensors = upload(arrays + masked + [array for array in (pixels_BCHW,) if array is not None], device)
+    scores_T = _scores(rows, valid.shape)
+    tensors = upload(arrays + masked + [array for array in (pixels_BCHW, scores_T) if array is not None], device)
+    scored = None if scores_T is None else tensors.pop()
     pixels = None if pixels_BCHW is None else tensors.pop()
     allowing = ExpertMasks(tensors[6], tensors[7], counts_of(masks)) if masked else None
     ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors[:6]
     demands = [Demand(part.tokens // len(part.masks), part.cap) for part in rows for _ in part.masks]
     targets = [part.targets for part in rows]
     own = (slot_T, cap_T, valid_T, allowing, predict_N, labels_N)
-    return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows))
+    return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows), scored)
+
+
+def _scores(rows: list[Rows], shape: tuple[int, ...]) -> np.ndarray | None:
+    """Float32 [T], of every row its sample's."""
+    found = [part.scores for part in rows if part.scores is not None]
+    assert len(found) in (0, len(rows)), "all clients of a pass have scores, or none"
+    return np.concatenate(found).repeat(shape[1]) if found else None
 
 
 def _seen(pixels_BCHW: np.ndarray | None, view: int, images: ImageInput) -> np.ndarray | None:

@@ -28,7 +28,8 @@ _TILE = 64
 
 
 class Head(Protocol):
-    """What makes logits of hidden states; frozen."""
+    """What makes logits of hidden states. One that is trained (`client_head`) adds to its own gradient where logits are
+    differentiated."""
 
     out_features: int
 
@@ -112,3 +113,13 @@ def weighted_loss(head: Head, x_ND: Tensor, labels_N: Tensor, weight_N: Tensor) 
     """
     found: tuple[Tensor, Tensor] = _WeightedLoss.apply(x_ND, labels_N, weight_N, head)  # type: ignore[no-untyped-call]
     return found
+
+
+def weighted_losses(
+    heads: Sequence[Head], x_ND: Tensor, labels_N: Tensor, weight_N: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The same where every client has a head of its own; `sizes` are the targets of each."""
+    # Split and not sliced: the gradients of the parts are then joined, and none is added to another's zeros.
+    parts = (torch.split(values, sizes) for values in (x_ND, labels_N, weight_N))
+    totals, nll = zip(*(weighted_loss(head, *own) for head, *own in zip(heads, *parts, strict=True)), strict=True)
+    return torch.stack(totals).sum(), torch.cat(nll)

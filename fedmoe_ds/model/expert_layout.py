@@ -21,6 +21,8 @@ class ExpertLayout:
         renormalised: whether routing weights of the chosen experts are scaled to sum to one.
         width, ffn: model width and width of one expert.
         matrices: of width x ffn numbers in one expert: three with a gate, two without.
+        zero: further experts of the router that add nothing, and are nowhere.
+        per_sample: whether one routing decision holds for all token rows of a sample.
     """
 
     layers: list[int]
@@ -31,6 +33,13 @@ class ExpertLayout:
     width: int
     ffn: int
     matrices: int = 3
+    zero: int = 0
+    per_sample: bool = False
+
+    @property
+    def real_share(self) -> float:
+        """Of the slots of a row, how many are expected to have an expert that adds something: all experts are taken alike."""
+        return self.num_experts / max(self.num_experts + self.zero, 1)
 
 
 def hosted_layout(layers: list[HostedLayer]) -> ExpertLayout:
@@ -44,6 +53,7 @@ def hosted_layout(layers: list[HostedLayer]) -> ExpertLayout:
         bool(first.module.router.route_norm),
         first.hidden_size,
         first.ffn_hidden_size,
+        3 if first.gated else 2,
     )
 
 
@@ -68,4 +78,5 @@ def adapter_layout(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size:
     held = range(shard * local, (shard + 1) * local)
     indices = [site.index for site in sites]
     # Renormalised: the adapters' router takes its softmax over the selected experts.
-    return ExpertLayout(indices, moe.experts, moe.top_k, held, True, sites[0].hidden_size, moe.width, matrices=2)
+    widths, per_sample = (sites[0].hidden_size, moe.width), moe.router_input == "sample"
+    return ExpertLayout(indices, moe.experts, moe.top_k, held, True, *widths, matrices=2, zero=moe.zero, per_sample=per_sample)

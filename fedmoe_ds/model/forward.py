@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
+from fedmoe_ds.model.adapter_bank import HEAD
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
-from fedmoe_ds.model.cross_entropy import Head, mean_logits, scores, weighted_loss
+from fedmoe_ds.model.client_head import ClientHead, frozen_head
+from fedmoe_ds.model.cross_entropy import Head, mean_logits, scores
 from fedmoe_ds.model.objective import Asked, Output, Sums
 from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.pre_gated import decide
 from fedmoe_ds.model.upload import upload
 
 
@@ -79,10 +83,15 @@ class AdaptedModel:
 
     @property
     def head(self) -> Head:
-        """What reads hidden states out: to the next token, or to the class of an image."""
-        model: Any = self.foundation.model
-        head: Head = model.classifier if self.foundation.task == "image_classification" else model.get_output_embeddings()
+        """What reads hidden states out, of the foundation: to the next token, or to the class of an image."""
+        head: Head = frozen_head(self.foundation.model)
         return head
+
+    def heads(self, batch: Batch) -> list[Head] | None:
+        """Those of a pass's clients, where clients train one; None: all read out by the foundation's."""
+        if HEAD not in self.execution.bank or not batch.segments:
+            return None
+        return [ClientHead(self.execution, segment.slot) for segment in batch.segments]
 
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
         """Run the model once, to score targets. `slot` is the common home slot (bitwise) or None (fast)."""
@@ -99,8 +108,11 @@ class AdaptedModel:
         # Of the others no more is kept than what the head reads.
         members = [first.predicting(hidden_BSD)]
         members += [batch.predicting(self._hidden(batch, slot, rescale_C)[0]) for batch in others]
-        nll_N, correct_N = scores(self.head, members, first.labels_N)
-        return PassResult(nll_N, correct_N, first.targets, hidden_BSD, members, run, self.head)
+        # All rows of an evaluation are read out by one slot's head.
+        head = heads[0] if (heads := self.heads(first)) else self.head
+        assert not heads or len({segment.slot for segment in first.segments}) == 1, "several clients' heads in an evaluation"
+        nll_N, correct_N = scores(head, members, first.labels_N)
+        return PassResult(nll_N, correct_N, first.targets, hidden_BSD, members, run, head)
 
     def loss(
         self,
@@ -126,13 +138,15 @@ class AdaptedModel:
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
         (weight_N,) = upload([np.repeat(weight_S, batch.targets)], hidden_BSD.device)
         hidden_ND = batch.predicting(hidden_BSD)
+        if HEAD in self.execution.bank and not hidden_ND.requires_grad:
+            # Nothing before the head is trained: the graph begins here.
+            hidden_ND = hidden_ND.detach().requires_grad_()
+        places = (batch.labels_N, weight_N, batch.predict_N, batch.targets)
+        output = Output(self.head, hidden_ND, *places, run.routed, self.execution.wave.whole_steps, self.heads(batch))
         if asked is not None:
-            training = self.execution.wave
-            places = (batch.labels_N, weight_N, batch.predict_N, batch.targets)
-            output = Output(self.head, hidden_ND, *places, run.routed, training.whole_steps)
             total, nll_N, observed = output.minimise(asked)
             return Loss(total, nll_N, run, observed)
-        total, nll_N = weighted_loss(self.head, hidden_ND, batch.labels_N, weight_N)
+        total, nll_N = output.cross_entropy()
         return Loss(total, nll_N, run)
 
     def _hidden(
@@ -140,10 +154,12 @@ class AdaptedModel:
     ) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks)
-        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained, batch.scores_T)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
+        if (gate := pre_gate_of(model)) is not None:
+            run.gate_TE = decide(gate, self.execution, run, batch.input_ids)
         if self.foundation.task == "image_classification":
             return model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state, run
         at = {} if batch.packed is None else {"position_ids": batch.packed.position_T1}

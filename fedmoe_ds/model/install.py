@@ -11,25 +11,44 @@ import math
 import torch
 from torch import nn
 
-from fedmoe_ds.config import AdapterConfig
+from fedmoe_ds.config import AdapterConfig, MoEAdapterConfig
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
+from fedmoe_ds.foundation.expansion import Expansion
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
-from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, ROUTER_SCORE, SHARED_INNER, SHARED_OUTER, AdapterMoELayer
+from fedmoe_ds.model.channel_group_layer import ChannelGroupLayer
+from fedmoe_ds.model.client_head import head_blocks, head_values
+from fedmoe_ds.model.client_layers import first_values, owned_blocks, put_client_layers
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.pre_gated import initial_router, pre_gate_blocks
 from fedmoe_ds.randomness import torch_generator
 
 
 def adapter_blocks(
-    model: nn.Module, expert_layout: ExpertLayout, config: AdapterConfig, rescaler: str | None
+    model: nn.Module,
+    expert_layout: ExpertLayout,
+    config: AdapterConfig,
+    rescaler: str | None,
+    scored: bool = False,
+    expansion: Expansion | None = None,
 ) -> list[BlockSpec]:
-    """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
+    """The blocks of a run.
+
+    Args:
+        rescaler: None, `client` (one scalar per client) or `layer` (one per client and layer).
+        scored: whether every sample has a score, which a router may see.
+        expansion: where the model has further layers, whose weights are blocks.
+    """
     layers, rank, width, ffn = tuple(expert_layout.layers), config.rank, expert_layout.width, expert_layout.ffn
     blocks: list[BlockSpec] = []
-    if config.moe is not None:
+    # Two matrices: adapter experts, or groups of the channels of a block without a gate; both are trained whole.
+    if config.moe is not None or (config.experts and layers and expert_layout.matrices == 2):
         blocks += [BlockSpec(INNER, layers, (ffn, width), expert=True), BlockSpec(OUTER, layers, (width, ffn), expert=True)]
     elif config.experts:
         if config.expert_training == "full":
@@ -39,12 +58,31 @@ def adapter_blocks(
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
     # The order of blocks is part of a run: gradient norms are summed, and sums laid out, in it.
     blocks += _projection_blocks(find_projections(model, config), rank)
-    if config.router == "train" or config.moe is not None:
+    gate = pre_gate_of(model)
+    if config.moe is not None:
+        blocks += _beside_experts(layers, width, config.moe, scored)
+    elif config.router == "train" and gate is not None:
+        blocks += pre_gate_blocks(gate)
+    elif config.router == "train":
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
+    blocks += [] if expansion is None else owned_blocks(model, expansion)
+    if config.head == "train":
+        blocks += head_blocks(model)
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
         blocks.append(BlockSpec(RESCALER, where, (1,), personal=True, decay=False))
+    return blocks
+
+
+def _beside_experts(layers: tuple[int, ...], width: int, moe: MoEAdapterConfig, scored: bool) -> list[BlockSpec]:
+    """Router and shared experts, which are on a client's home rank alone."""
+    routed, shared = moe.experts + moe.zero, moe.shared * moe.width
+    blocks = [BlockSpec(ROUTER, layers, (routed, width))]
+    if scored and moe.router_input == "sample":
+        blocks.append(BlockSpec(ROUTER_SCORE, layers, (routed, 1)))
+    if shared:
+        blocks += [BlockSpec(SHARED_INNER, layers, (shared, width)), BlockSpec(SHARED_OUTER, layers, (width, shared))]
     return blocks
 
 
@@ -63,20 +101,28 @@ def _projection_blocks(projections: list[Projection], rank: int) -> list[BlockSp
 
 
 def initial_bank(
-    foundation: Foundation, blocks: list[BlockSpec], seed: int, held: range, device: torch.device | None = None
+    foundation: Foundation,
+    blocks: list[BlockSpec],
+    seed: int,
+    held: range,
+    device: torch.device | None = None,
+    zero_head: bool = False,
 ) -> Bank:
     """The global adapters before the first round: a bank with one client slot and no gradients.
+
+    A trained head begins as the foundation's, or with `zero_head` as nothing.
 
     Personal blocks hold what every client starts from; later, evaluation fills them with a client's or with a tier's mean.
     """
     bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
-    copied = _copied_values(foundation, held.start)
+    copied = _copied_values(foundation, held.start) | first_values(foundation, blocks)
+    copied |= {} if zero_head else head_values(foundation.model)
     # Each tensor by its own key: a rank fills in only the experts it holds, and their bits do not depend on which these are.
     for key, spec, value in bank.items(held.start, with_personal=True):
         if key in copied:
             value.copy_(copied[key])
-        # What is not named here stays zero: B, V and rescalers before a method sets them.
-        elif spec.name.endswith("lora_A") or spec.name in (INNER, ROUTER):
+        # What is not named here stays zero: B, V, what further layers put out, and rescalers before a method sets them.
+        elif spec.name.endswith("lora_A") or spec.name in (INNER, SHARED_INNER, ROUTER):
             value.copy_(drawn_a(seed, key, value.shape))
     return bank
 
@@ -89,12 +135,15 @@ def drawn_a(seed: int, key: str, shape: torch.Size, *address: int) -> torch.Tens
 
 def _copied_values(foundation: Foundation, first_expert: int) -> dict[str, torch.Tensor]:
     """What starts as a copy of the foundation's own weights, by canonical key."""
-    found = {}
+    gate = pre_gate_of(foundation.model)
+    found = {} if gate is None else initial_router(gate)
     for hosted in foundation.layers:
-        found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
+        if not isinstance(hosted, GroupedLayer):
+            found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
+        names = ("gate_up.weight", "down.weight") if hosted.gated else ("inner.weight", "outer.weight")
         for e in range(len(hosted.experts)):
             place = f"layers.{hosted.index}.experts.{first_expert + e}"
-            found[f"{place}.gate_up.weight"], found[f"{place}.down.weight"] = hosted.w13[e], hosted.w2[e]
+            found |= {f"{place}.{name}": weight[e] for name, weight in zip(names, (hosted.w13, hosted.w2), strict=True)}
     return found
 
 
@@ -115,8 +164,14 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     """Put the federated layers and the adapters of projections into the model. They read `execution` while a pass runs."""
     model = foundation.model
     replace_frozen(model)
+    if foundation.expansion is not None:
+        put_client_layers(model, foundation.expansion, execution)
+    gate = pre_gate_of(model)
     for hosted in foundation.layers:
-        _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
+        if isinstance(hosted, GroupedLayer):
+            _replace(model, hosted.name, ChannelGroupLayer(hosted, execution))
+        else:
+            _replace(model, hosted.name, FederatedMoELayer(hosted, execution, gate))
     for projection in find_projections(model, config):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)
@@ -126,8 +181,7 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     if config.moe is None:
         return
     for site in foundation.sites:
-        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
-        site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
+        site.replace(model, AdapterMoELayer(site.module(model), site.index, config.moe, execution))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

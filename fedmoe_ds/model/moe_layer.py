@@ -5,18 +5,21 @@ Legend: B sequences, S positions, T = B * S token rows, D model width, E experts
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedmoe_ds.foundation import autoep
+from fedmoe_ds.foundation.pre_gate import PreGate
 from fedmoe_ds.kernels.frozen_layers import frozen_product
 from fedmoe_ds.kernels.per_client import client_linear, client_scale
 from fedmoe_ds.model import experts
 from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.pre_gated import layer_overlaps, unit_gates
 from fedmoe_ds.model.routed_forward import record_routing, send_routed
-from fedmoe_ds.model.router import route
+from fedmoe_ds.model.router import Routing, route
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
 DOWN_A, DOWN_B = "experts.down.lora_A", "experts.down.lora_B"
@@ -28,8 +31,10 @@ ROUTER, RESCALER = "router.weight", "rescaler"
 class FederatedMoELayer(nn.Module):
     """A hosted MoE layer that serves the clients of the running pass."""
 
-    def __init__(self, hosted: autoep.HostedLayer, execution: Execution) -> None:
+    def __init__(self, hosted: autoep.HostedLayer, execution: Execution, gate: PreGate | None = None) -> None:
         super().__init__()
+        # In a list: the model's own router is no part of a layer, which would double it in every state dict.
+        self.gates = [gate] if gate is not None else []
         self.host = hosted.module
         self.layer = hosted.index
         self.w13_EFD, self.w2_EDF = hosted.w13, hosted.w2
@@ -43,6 +48,8 @@ class FederatedMoELayer(nn.Module):
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
         asked, modulation = self.execution.asked(self.layer), self.execution.modulation(self.layer)
         routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, *asked, modulation)
+        if run.gate_TE is not None:
+            routing = self._pre_gated(routing, x_TD)
         # Before the experts run: it stores which of them the method lets this batch train.
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, x_TD, routing)
@@ -53,7 +60,15 @@ class FederatedMoELayer(nn.Module):
         # They are added after the rescaler: s_i stands before the sum over routed experts alone.
         return autoep.finalize_output(self.host, y_BSD, shared)
 
+    def _pre_gated(self, routing: Routing, x_TD: Tensor) -> Routing:
+        if not self.execution.wave.overlaps:
+            return unit_gates(routing)
+        place = self.execution.layers.index(self.layer)
+        return replace(unit_gates(routing), overlap_TE=layer_overlaps(self.gates[0], place, x_TD))
+
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
+        if run.gate_TE is not None:
+            return run.gate_TE.view(*hidden_BSD.shape[:-1], -1)
         bank, gate = self.execution.bank, self.host.router.gate
         if ROUTER not in bank:
             # transformers keeps some families' routers in float32 in a bfloat16 model (DeepSeek since 5.24).

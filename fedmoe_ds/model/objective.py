@@ -10,7 +10,7 @@ Legend: N targets, V vocabulary or classes, D model width, L layers with experts
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.model.cross_entropy import Head, chunks, logits_of, weighted_loss
+from fedmoe_ds.model.cross_entropy import Head, chunks, logits_of, weighted_loss, weighted_losses
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.upload import upload
 
@@ -70,6 +70,7 @@ class Targets:
         place_N: the token row that predicts each of them.
         routed: decisions for all token rows of the pass, by layer.
         step: of whose local training this is a part.
+        taught_N: what `Objective.teach` has made of the received model's logits of these targets; None: it was not asked.
     """
 
     labels_N: Tensor
@@ -79,6 +80,7 @@ class Targets:
     place_N: Tensor
     routed: Mapping[int, Routing]
     step: LocalStep
+    taught_N: Tensor | None = field(default=None, kw_only=True)
 
     @cached_property
     def routing(self) -> TokenRouting:
@@ -92,8 +94,8 @@ class Targets:
 
     def part(self, rows: slice) -> Targets:
         """Some of them."""
-        own = {each.name: getattr(self, each.name)[rows] for each in fields(Targets) if each.name.endswith(("_N", "_ND"))}
-        return replace(self, **own)
+        names = [each.name for each in fields(Targets) if each.name.endswith(("_N", "_ND"))]
+        return replace(self, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,26 @@ class Objective:
         loss: (predictions) -> (what is minimised in the place of cross-entropy, named sums). The first is a scalar: the sum
             over these targets, which is divided by the targets of the whole step. None: cross-entropy.
         observe: (targets) -> named sums.
+        teach: (logits [N, V] of the model that the client has received) -> a number for each of these targets, which `loss`
+            finds as `taught_N`; with `Method.teaches`. Called before the first step, for some targets at a time.
+        labelled: whether labels are known, so that the record has cross-entropy whatever is minimised; else it has the loss
+            itself.
     """
 
     loss: Callable[[Predictions], tuple[Tensor, Sums]] | None = None
     observe: Callable[[Targets], Sums] | None = None
+    teach: Callable[[Tensor], Tensor] | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One client's objective, and the part of a pass that it is asked about; `sample_N` as in `Targets`."""
+    """One client's objective, and the part of a pass that it is asked about; `sample_N` and `taught_N` as in `Targets`."""
 
     objective: Objective
     sample_N: np.ndarray
     step: LocalStep
+    taught_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,7 @@ class Output:
 
     Attributes:
         sizes: targets of each client.
+        heads: of each client, where clients train one; None: `head` reads out everybody's.
         routed: decisions for all token rows, by layer.
         whole: whether a loss needs all targets of a client's pass at once.
     """
@@ -144,6 +154,7 @@ class Output:
     sizes: list[int]
     routed: Mapping[int, Routing]
     whole: bool
+    heads: Sequence[Head] | None = None
 
     def minimise(self, asked: Sequence[Asked]) -> tuple[Tensor, Tensor, list[Sums]]:
         """Ask every client of the pass.
@@ -153,8 +164,7 @@ class Output:
         """
         sums: list[Sums] = [{} for _ in asked]
         if all(one.objective.loss is None for one in asked):
-            # All clients at once, as without objectives: not a bit is another.
-            total, nll_N = weighted_loss(self.head, self.hidden_ND, self.labels_N, self.weight_N)
+            total, nll_N = self.cross_entropy()
         else:
             # Split and not sliced: the gradients of the parts are then joined, and none is added to another's zeros.
             parts = zip(range(len(asked)), asked, torch.split(self.hidden_ND, self.sizes), sums, strict=True)
@@ -167,21 +177,28 @@ class Output:
                     add_sums(sums[place], observe(self._targets(asked[place], place, own_N)))
         return total, nll_N, sums
 
+    def cross_entropy(self) -> tuple[Tensor, Tensor]:
+        """What is minimised without objectives: all clients at once, unless each has a head of its own."""
+        given = (self.hidden_ND, self.labels_N, self.weight_N)
+        return weighted_losses(self.heads, *given, self.sizes) if self.heads else weighted_loss(self.head, *given)
+
     def _own_loss(self, place: int, one: Asked, x_ND: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
         """One client's loss, and the negative log-likelihood of its targets."""
         labels_N, weight_N, *_ = self._parts[place]
+        head = self.heads[place] if self.heads else self.head
         if one.objective.loss is None:
-            return weighted_loss(self.head, x_ND, labels_N, weight_N)
+            return weighted_loss(head, x_ND, labels_N, weight_N)
         given = self._targets(one, place, torch.zeros_like(weight_N))
         found: tuple[Tensor, Tensor] = _OwnLoss.apply(  # type: ignore[no-untyped-call]
-            x_ND, weight_N, self.head, given, one.objective.loss, self.whole, sums
+            x_ND, weight_N, head, given, one.objective, self.whole, sums
         )
         return found
 
     def _targets(self, one: Asked, place: int, nll_N: Tensor) -> Targets:
         labels_N, _, hidden_ND, place_N = self._parts[place]
         (sample_N,) = upload([one.sample_N], nll_N.device)
-        return Targets(labels_N, nll_N, hidden_ND, sample_N, place_N, self.routed, one.step)
+        places = (sample_N, place_N, self.routed, one.step)
+        return Targets(labels_N, nll_N, hidden_ND, *places, taught_N=one.taught_N)
 
     @cached_property
     def _parts(self) -> list[tuple[Tensor, ...]]:
@@ -195,23 +212,25 @@ class _OwnLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_N: Tensor, head: Head, given: Targets, loss: Any, whole: bool, sums: Sums
+        ctx: Any, x_ND: Tensor, weight_N: Tensor, head: Head, given: Targets, objective: Objective, whole: bool, sums: Sums
     ) -> tuple[Tensor, Tensor]:
         nll_N, grad_ND, total = torch.empty_like(weight_N), torch.empty_like(x_ND), weight_N.new_zeros(())
         rows = len(x_ND)
+        assert objective.loss is not None
         for part in [slice(0, rows)] * (rows > 0) if whole else chunks(rows, head.out_features):
             with torch.enable_grad():
                 own_ND = x_ND[part].detach().requires_grad_()
                 logits_NV = logits_of(head, own_ND)
                 own_N = F.cross_entropy(logits_NV, given.labels_N[part], reduction="none")
-                found, more = loss(_predictions(given.part(part), own_N, own_ND, logits_NV))
+                found, more = objective.loss(_predictions(given.part(part), own_N, own_ND, logits_NV))
             # What the loss needs of the logits for its gradient, its graph holds.
             del logits_NV
             assert found.ndim == 0, f"an objective's loss is a scalar, and not {list(found.shape)}"
             # One over the targets of the step, as each target of cross-entropy has it.
             share = weight_N[part][0].to(found.dtype)
             (grad_ND[part],) = torch.autograd.grad(found, own_ND, share)
-            nll_N[part] = own_N.detach()
+            # Only the sum over a step is recorded: whose part of it a target is does not count.
+            nll_N[part] = own_N.detach() if objective.labelled else found.detach() / len(own_N)
             total += found.detach() * share
             add_sums(sums, more)
         ctx.save_for_backward(grad_ND)

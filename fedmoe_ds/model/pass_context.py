@@ -42,6 +42,7 @@ class Pass:
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
         first_trained: the first layer that some client of the pass trains, on any rank: before it there is no backward pass.
+        scores_T: float32, of every row its sample's score (`Sequences.scores`), where samples have one.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -49,6 +50,7 @@ class Pass:
         routed: decisions without gradients, by layer; the layers write them where clients have objectives.
         offered: router probabilities of clients that ask for it, by layer and home slot (`routed_forward.offered`).
         attended: attention that every token row receives, by layer; written where observers ask for it.
+        gate_TE: logits of all layers, of a model whose router runs before them; None: layers route.
     """
 
     segments: list[Segment]
@@ -62,6 +64,7 @@ class Pass:
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None
     first_trained: int = 0
+    scores_T: Tensor | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Pass:
     routed: dict[int, Routing] = field(default_factory=dict)
     offered: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     attended: dict[int, Tensor] = field(default_factory=dict)
+    gate_TE: Tensor | None = None
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -122,13 +126,19 @@ class RoutingObserver:
         observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
             named float [E] tensors that are added up over the round's batches.
         loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
+        scored: (routing, scores_T) -> auxiliary loss of the layer, like `loss`, of data whose samples have scores: every row
+            sees its sample's.
         attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
             (`model/attention_received.py`); with `Method.attends`.
+        overlaps: whether `loss` teaches a router before the layers, by `Routing.overlap_TE`; nothing else gives that a
+            gradient.
     """
 
     observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
     loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
     attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
+    overlaps: bool = False
+    scored: Callable[[Routing, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,7 @@ class InTraining:
         whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
         attends: whether some observer asks for the attention that tokens receive.
+        overlaps: whether some observer teaches a router before the layers.
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
         offers: home slots whose router probabilities are asked for.
     """
@@ -155,6 +166,7 @@ class InTraining:
     whole_steps: bool = False
     offers: frozenset[int] = frozenset()
     attends: bool = False
+    overlaps: bool = False
 
 
 @dataclass

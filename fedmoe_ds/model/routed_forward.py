@@ -91,8 +91,10 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
         loss = _auxiliary(execution, own, own_TE)
         if observer is not None and observer.loss is not None:
             # With autograd, unlike `observe`: the method's loss trains the router (and, through the logits, what lies below).
-            extra = observer.loss(layer, own, own_TE, valid_T)
-            loss = extra if loss is None else (loss if extra is None else loss + extra)
+            loss = _added(loss, observer.loss(layer, own, own_TE, valid_T))
+        if observer is not None and observer.scored is not None:
+            assert run.scores_T is not None, "a method that asks for scores has refused data without them"
+            loss = _added(loss, observer.scored(own, run.scores_T[run.places(len(logits_TE))[at]]))
         if loss is not None:
             found_losses[seg.slot] = loss
     # No entry for a layer without losses: the mean over layers looks up every client in each entry.
@@ -100,11 +102,16 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
         run.losses[layer] = found_losses
 
 
+def _added(loss: Tensor | None, further: Tensor | None) -> Tensor | None:
+    return further if loss is None else (loss if further is None else loss + further)
+
+
 @torch.no_grad()
 def offered(own: Routing) -> Tensor:
     """[2, E] float64: router probability of every expert, summed over a client's rows, and over those that did not use it."""
     # Sigmoid routers' scores do not sum to one; the epsilon is for rows of which all scores are zero.
-    score_TE = (own.probs_TE / (own.probs_TE.sum(-1, keepdim=True) + 1e-20)).double()
+    whole_T1 = own.with_zeros()[0].sum(-1, keepdim=True)
+    score_TE = (own.probs_TE / (whole_T1 + 1e-20)).double()
     used_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, own.experts_TK, own.kept_TK)
     return torch.stack([score_TE.sum(0), (score_TE * ~used_TE).sum(0)])
 

@@ -6,7 +6,8 @@ FLAME section on client-specific activation: R_i(x, k_i)^j = p_j if j is among t
 paper's, the explicit form our completion). The cap, the validity of a row and the expert mask are data, one entry per row, so
 clients with different budgets share one call. Score functions, normalisation, expert groups and correction biases follow the
 hosted DeepSpeed router, so that an uncapped row routes exactly like the original model. A `Modulation` is what a
-federation adds to the logits of the experts that a row likes best, among which it then chooses.
+federation adds to the logits of the experts that a row likes best, among which it then chooses. A straight-through gate weighs
+the chosen expert p / stopgrad(p): its value is 1 whatever p is, its gradient that of log p.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+UNIT = "unit"
+"""Score function of gates that are one for whoever is chosen."""
 
 
 class RouterSpec(Protocol):
@@ -50,6 +54,14 @@ class RouterSpec(Protocol):
 
 
 @dataclass(frozen=True)
+class ZeroSlots:
+    """What rows have given to experts that add nothing: scores (fp32, differentiable), and whether they have chosen them."""
+
+    probs_TZ: Tensor
+    chosen_TZ: Tensor
+
+
+@dataclass(frozen=True)
 class Routing:
     """The decision for every row.
 
@@ -59,6 +71,8 @@ class Routing:
         experts_TK: their global ids.
         kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
         kept: how many slots are kept, where that is known without a look at the device; None where it depends on the scores.
+        overlap_TE: how many of a row's largest channels each expert has (`foundation/pre_gate.py`), where observers ask for it.
+        zeros: of experts that add nothing, where there are some: they are none of the E, and no slot of theirs is kept.
     """
 
     probs_TE: Tensor
@@ -66,12 +80,31 @@ class Routing:
     experts_TK: Tensor
     kept_TK: Tensor
     kept: int | None = None
+    overlap_TE: Tensor | None = None
+    zeros: ZeroSlots | None = None
 
     def counts_E(self) -> Tensor:
         """int64 [E]: kept slots per expert."""
         # Zeros are added for the others: to pick slots by their mask, the host would wait for the device to say how many.
         zeros_E = self.experts_TK.new_zeros(self.probs_TE.shape[1])
         return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
+
+    def with_zeros(self) -> tuple[Tensor, Tensor]:
+        """Scores [T, E + Z], and slots per expert [E + Z]: experts that add nothing stand last, where there are some."""
+        if self.zeros is None:
+            return self.probs_TE, self.counts_E()
+        counts = torch.cat([self.counts_E(), self.zeros.chosen_TZ.sum(0)])
+        return torch.cat([self.probs_TE, self.zeros.probs_TZ], dim=1), counts
+
+    def apart(self, experts: int) -> Routing:
+        """Of a decision among more than so many experts: the others become `zeros`, and their slots are dropped."""
+        zero_TK = self.experts_TK >= experts
+        chosen_TZ = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, self.kept_TK)[:, experts:]
+        # Slots are padded with an expert that exists: whoever looks one up must find something.
+        real_TK = self.experts_TK.masked_fill(zero_TK, 0)
+        zeros = ZeroSlots(self.probs_TE[:, experts:], chosen_TZ)
+        weights_TK, kept_TK = self.weights_TK * ~zero_TK, self.kept_TK & ~zero_TK
+        return Routing(self.probs_TE[:, :experts], weights_TK, real_TK, kept_TK, zeros=zeros)
 
     def detached(self) -> Routing:
         """The decision without its graph, and without the scores of experts that were not selected."""
@@ -84,7 +117,10 @@ class Routing:
         def some(values: Tensor) -> Tensor:
             return values[places] if isinstance(places, slice) else values.index_select(0, places)
 
-        return Routing(some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
+        zeros = None if self.zeros is None else ZeroSlots(some(self.zeros.probs_TZ), some(self.zeros.chosen_TZ))
+        overlap_TE = None if self.overlap_TE is None else some(self.overlap_TE)
+        own = (some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
+        return Routing(*own, overlap_TE=overlap_TE, zeros=zeros)
 
 
 @dataclass(frozen=True)
@@ -139,6 +175,7 @@ def route(
     demands: list[Demand] | None = None,
     held_softmax: bool = False,
     modulation: Modulation | None = None,
+    straight_through: bool = False,
 ) -> Routing:
     """Route rows under their caps.
 
@@ -151,6 +188,7 @@ def route(
         demands: the same in numbers, per client; with them the number of kept slots is known on the host.
         held_softmax: softmax scores weigh as if the router had no rows of experts that a row may not use.
         modulation: of the logits; None: they are what they are.
+        straight_through: chosen experts weigh p / stopgrad(p) each, in the place of their scores.
     """
     scores_TE = _scores(logits_TE, spec)
     # Selection has no gradient; the router learns through the gathered weights and the auxiliary losses alone.
@@ -171,22 +209,34 @@ def route(
         # kept then never depends on the scores, and the loss says that a client's router has blown up.
         kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & ~best_TK.isneginf()
     # Zero before the normalisation: the kept weights of a capped row then sum to one by themselves.
-    weighing_TE = scores_TE
+    weighing_TE, kept = scores_TE, None if demands is None else kept_slots(demands, spec)
     if held_softmax and allowed_TE is not None and spec.score_func == "softmax":
         # For a row that may use all experts these are the same bits as without a mask, whoever shares the pass.
         # The least number and not minus infinity, of which a row without any expert would make no number.
-        weighing_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min).softmax(-1)
+        logits_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min)
+        weighing_TE = logits_TE.softmax(-1)
+    if straight_through:
+        return Routing(scores_TE, _straight_through(logits_TE, experts_TK) * kept_TK, experts_TK, kept_TK, kept)
+    if spec.score_func == UNIT:
+        # Scores say who is chosen, and nothing about what it weighs.
+        weighing_TE = torch.ones_like(scores_TE)
     weights_TK = weighing_TE.gather(1, experts_TK) * kept_TK
     if spec.route_norm:
         # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    kept = None if demands is None else kept_slots(demands, spec)
     return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK, kept)
+
+
+def _straight_through(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """p / stopgrad(p) of these experts, p their softmax probability."""
+    # By its logarithm: a probability that has underflowed, of a masked row's only expert, is divided by zero nowhere.
+    log_p_TK = logits_TE.float().log_softmax(-1).gather(1, experts_TK)
+    return torch.exp(log_p_TK - log_p_TK.detach())
 
 
 def _scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
     # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
-    return logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+    return logits_TE.float().softmax(-1) if spec.score_func in ("softmax", UNIT) else logits_TE.float().sigmoid()
 
 
 def _corrected(scores_TE: Tensor, spec: RouterSpec) -> Tensor:

@@ -14,16 +14,17 @@ from torch import Tensor
 from fedmoe_ds.model.router import Routing
 
 
-def balance_loss(routing: Routing, held_H: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing, held_H: Tensor | None = None, price_TE: Tensor | None = None) -> Tensor:
     """Switch / GShard load balance: E * sum_m f_m P_m; 1 when routing is uniform (methods 2.4 (a)).
 
     f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m; all
-    rows are valid.
+    rows are valid. Experts that add nothing are experts here.
 
     Args:
         held_H: int64, the experts of which the layer consists for these rows; None for all.
+        price_TE: factor on the scores in P, for each row and expert; those that add nothing stand last. None: 1.
     """
-    probs_TE, counts_E = routing.probs_TE, routing.counts_E()
+    probs_TE, counts_E = routing.with_zeros()
     if held_H is not None:
         # The loss of a layer without the others: it must not draw rows to experts to which they cannot go.
         probs_TE, counts_E = probs_TE.index_select(1, held_H), counts_E.index_select(0, held_H)
@@ -32,6 +33,8 @@ def balance_loss(routing: Routing, held_H: Tensor | None = None) -> Tensor:
     share_E = counts_E / counts_E.sum().clamp(min=1)
     # Sigmoid scores do not sum to one, softmax scores do; the normalised form serves both.
     probs_TE = probs_TE / (probs_TE.sum(-1, keepdim=True) + 1e-20)
+    if price_TE is not None:
+        probs_TE = probs_TE * price_TE
     # Times zero and not a constant zero: the loss then keeps its place in the graph and backward finds a path.
     mean_E = probs_TE.mean(0) if len(probs_TE) else probs_TE.sum(0) * 0.0
     return num_experts * (share_E * mean_E).sum()

@@ -10,10 +10,12 @@ What an allocator loses between tensors of unequal sizes is left out; the planne
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import OWNED, BlockSpec
+from fedmoe_ds.model.adapter_moe_layer import SHARED_INNER
 from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
 
@@ -86,8 +88,16 @@ def layer_bytes(spec: RunSpec, layer: int, length: int, active: float | None = N
         width = shape.shared if mixed and size.experts else shape.feed_forward
         kept += (3 if shape.gated else 1) * width * row + (mixed and shape.shared_gate) * size.hidden * row
     if mixed:
-        kept += _mixture_bytes(spec, active) + ((RESCALER in names) + (ROUTER in names)) * size.hidden * row
+        # Router and shared experts keep one tensor, their input; a router that decides once per sample keeps a mean of it.
+        read = SHARED_INNER in names or (ROUTER in names and not spec.expert_layout.per_sample)
+        kept += _mixture_bytes(spec, active) + ((RESCALER in names) + read) * size.hidden * row + _shared_bytes(spec)
     return kept
+
+
+def _shared_bytes(spec: RunSpec) -> float:
+    """Of shared adapter experts: what their activation gives, and what it reads unless they are linear."""
+    moe = spec.config.adapters.moe
+    return 0.0 if moe is None else (2 - moe.linear) * moe.shared * moe.width * spec.row_bytes
 
 
 def _has_gradient(spec: RunSpec, layer: int) -> bool:
@@ -95,7 +105,8 @@ def _has_gradient(spec: RunSpec, layer: int) -> bool:
     if spec.config.execution.activation_checkpointing:
         return True  # every layer's input is made to need a gradient
     below = (block for block in spec.blocks if block.trained and block.layers != (-1,))
-    return any(min(block.layers) < layer or (block.name.startswith("attention.") and layer in block.layers) for block in below)
+    own = ("attention.", OWNED)
+    return any(min(block.layers) < layer or (block.name.startswith(own) and layer in block.layers) for block in below)
 
 
 def _norm_bytes(spec: RunSpec) -> int:
@@ -130,6 +141,9 @@ def _projection_bytes(spec: RunSpec, layer: int) -> float:
     """Inputs of adapted projections, once each, and their middles of rank R."""
     halves = [b for b in spec.blocks if b.pair is not None and not b.expert and b.rank_axis == 0 and layer in b.layers]
     inputs = {(_source(block), block.item[1]) for block in halves}
+    # Of matrices that are trained themselves, too: attention's three read one tensor, and so do gate and up.
+    owned = [b for b in spec.blocks if b.owned and len(b.item) > 1 and layer in b.layers]
+    inputs |= {(_source(replace(block, name=block.name.removeprefix(OWNED))), block.item[1]) for block in owned}
     # The output projection's input is attention's result, which is kept anyway.
     widths = sum(width for source, width in inputs if source != "o_proj")
     return (widths + sum(block.item[0] for block in halves)) * spec.row_bytes
@@ -152,7 +166,9 @@ def _mixture_bytes(spec: RunSpec, active: float | None) -> float:
     inner = (layout.matrices - 1) * layout.ffn  # gate and up rows, or one bottleneck
     routed = active * ((layout.width + inner + 2 * rank + 1) * row + PLAN_BYTES)
     choice = layout.top_k * DECISION * (1 + layout.renormalised / 3) + INT64
-    return routed + layout.num_experts * FP32 + choice
+    # Of experts that add nothing there are scores, and which of the chosen they are.
+    zero = layout.zero * FP32 + (layout.top_k if layout.zero else 0)
+    return routed + layout.num_experts * FP32 + choice + zero
 
 
 def _adapted(blocks: Iterable[BlockSpec]) -> bool:

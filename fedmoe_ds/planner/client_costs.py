@@ -52,8 +52,8 @@ class ClientCosts:
         work = PassWork(job, training=True)
         packed = rows if job.config.execution.packing else None
         home = work.seconds(work.home(Rows(samples, longest, targets, packed)), hardware.crowded(ranks_per_host))
-        # Every row goes to `cap` experts: caps are kept by the router, not by chance.
-        caps = np.repeat([client.cap for client in chosen], counts_C)
+        # Every row goes to `cap` experts, but for those that add nothing: caps are kept by the router, not by chance.
+        caps = np.repeat([client.cap * job.expert_layout.real_share for client in chosen], counts_C)
         return cls(
             chosen,
             {client.index: place for place, client in enumerate(chosen)},

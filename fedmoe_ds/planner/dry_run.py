@@ -12,6 +12,7 @@ from fedmoe_ds.distributed.devices import uses_cuda
 from fedmoe_ds.distributed.topology import check_layout, format_table
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.monitors import check_monitors
+from fedmoe_ds.federation.privacy_account import account, check_budget
 from fedmoe_ds.federation.run_spec import of_known_type
 from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.federation.server import check_terms
@@ -96,6 +97,7 @@ def checked(config: Config, world_size: int, kind: str, counted: bool = True) ->
     if counted or job.config.federation.tier_column is None:
         check_best_tier(job.config.checkpoint, tiers_of(job.clients))
     check_terms(job, len(job.clients))
+    check_budget(job.config, len(job.clients))
     return job
 
 
@@ -103,7 +105,8 @@ def _federation_line(job: Job) -> str:
     members = tiers_of(job.clients)
     counts = {tier.label: len(members.get(tier.label, ())) for tier in job.tiers}
     dealt = ", ".join(f"k={label}: {count}" for label, count in counts.items())
-    return f"federation: {len(job.clients)} clients ({dealt}), {job.config.federation.rounds} rounds"
+    private = account(job.config, len(job.clients))
+    return f"federation: {len(job.clients)} clients ({dealt}), {job.config.federation.rounds} rounds{private}"
 
 
 def _schedule_lines(job: Job, plan: list[list[Wave]]) -> list[str]:

@@ -143,7 +143,7 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     # A batch is padded to its longest sequence.
     longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
     targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
-    rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
+    rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap * job.expert_layout.real_share
     packed = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) if job.config.execution.packing else None
     home = np.asarray(work.seconds(work.home(Rows(samples, longest, targets, packed)), compute))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))

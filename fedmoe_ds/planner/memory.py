@@ -12,7 +12,7 @@ from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.methods.client_drift import keeps_variables
-from fedmoe_ds.model.adapter_bank import base_block, lora_pairs, shared_blocks
+from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
 from fedmoe_ds.planner.activations import FP32, activations
 from fedmoe_ds.planner.client_state import client_state
 from fedmoe_ds.planner.parameters import parameters_per_client
@@ -40,14 +40,15 @@ def estimate(
     # Experts are sharded, so a rank holds its part for every client of the wave; dense adapters only for its own.
     numbers = in_flight * expert + home * dense
     # Where rows are narrower, products read copies of the adapters in the rows' type, made once per step.
-    narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and config.adapters.moe is not None)]
+    whole = spec.expert_layout.matrices == 2
+    narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and whole) or _matrix(b)]
     copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
     copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
     sum_bytes, weighing = 16 if spec.bitwise else 4, spec.method.weighing
     keyed = sum(map(math.prod, spec.method.statistics().values()))
     return {
-        "dense part": model.dense_parameters * model.bytes_per_parameter,
+        "dense part": (model.dense_parameters - model.owned) * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
         # Values and gradients.
@@ -56,6 +57,11 @@ def estimate(
         "round sums": ((expert + dense) * len(weighing.shares) * weighing.full + keyed) * sum_bytes,
         PASS: activations(spec, together, length, active),
     }
+
+
+def _matrix(block: BlockSpec) -> bool:
+    """Whether it is a matrix of further layers: products read a copy of it, norms do not."""
+    return block.owned and len(block.item) > 1
 
 
 def _moments(spec: RunSpec, in_flight: int, home: int) -> dict[str, int]:

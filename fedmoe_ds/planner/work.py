@@ -111,7 +111,8 @@ class PassWork:
 
     def __init__(self, job: Job, training: bool) -> None:
         self.job, self.training = job, training
-        self.recompute = training and job.config.execution.activation_checkpointing
+        # A head alone needs no backward pass through the layers.
+        self.recompute = training and job.config.execution.activation_checkpointing and not job.cost.head_alone
         self.number_bytes = job.row_bytes
         self.counts = counts_of(job.device, bool(job.expert_layout.layers))
         # Layers without experts of a model that has some.
@@ -130,7 +131,7 @@ class PassWork:
 
     def _times(self, training_factor: float) -> float:
         # Recomputing adds one forward pass to the backward one.
-        return training_factor + self.recompute if self.training else 1.0
+        return training_factor + self.recompute if self.training and not self.job.cost.head_alone else 1.0
 
     def fixed(self) -> Work:
         """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
@@ -152,7 +153,7 @@ class PassWork:
         lora = job.cost.dense_row * adapters.rank
         flops = padded * 2.0 * job.body * self._times(2)
         # Logits exist for target rows only.
-        flops += rows.targets * 2.0 * job.head * self._times(2)
+        flops += rows.targets * (2.0 * job.head * self._times(2) + job.cost.head_weights * self.training)
         # Routers: their gradients where they are trained; those of adapter experts are no part of the body.
         own = self._times(2) if adapters.moe is not None else 0.0
         flops += padded * job.cost.dense_weights * (own + self.training)
@@ -175,7 +176,7 @@ class PassWork:
         # Shared experts and layers without experts are the model's own feed-forward blocks.
         numbers = projections + self.plain * (plain.row * row + plain.feed_forward * size.layer.feed_forward)
         if layout.layers:
-            mixed = n.row * row + n.expert * layout.num_experts + n.slot * layout.top_k
+            mixed = n.row * row + n.expert * (layout.num_experts + layout.zero) + n.slot * layout.top_k
             numbers += len(layout.layers) * (mixed + plain.feed_forward * size.layer.shared)
         else:
             numbers += size.depth * (n.row * row + n.feed_forward * size.ffn)

@@ -166,9 +166,9 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
     check_mapped(config.foundation, kind)
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
-    model = build_on_meta(folder, storage_type(config.foundation, kind, folder))
+    model = build_on_meta(folder, storage_type(config.foundation, kind, folder), config.foundation.expand)
     # As one rank with all experts (ep_size 1): the planner divides them itself, by every size that it tries.
-    spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
+    spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0), config.foundation.expand))
     if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights
         open_start(find_start(config.adapters.start, whole=False), spec, None)
     clients, data = _clients(spec, folder, assume, counted) if made is None else made(spec)
@@ -190,7 +190,12 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
 
 def _untrained_foundation(config: Config) -> Path:
     """The model folder; a built-in foundation is taken without its pre-training, which shapes and tokenizer do not need."""
-    untrained = config.foundation.model_copy(update={"pretrain": config.foundation.pretrain.model_copy(update={"steps": 0})})
+    given = config.foundation
+    least = {"pretrain": given.pretrain.model_copy(update={"steps": 0})}
+    # Which channels are whose does not change a shape either.
+    chosen = given.convert is not None and given.convert.kind == "read-me"
+    less = {} if not chosen else {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
+    untrained = given.model_copy(update={**least, **less})
     with Progress() as progress:
         return resolve_foundation(untrained, config.seed, progress.note)
 

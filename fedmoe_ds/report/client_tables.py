@@ -35,6 +35,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "active_experts": _WHOLE, "rank": _WHOLE, "flops": _REAL, "loss_first": _REAL, "loss_last": _REAL, "seconds": _REAL,
         "status": _TEXT, "rescaler": _REAL, "device": _TEXT, "virtual_s": _REAL, "down_s": _REAL, "compute_s": _REAL,
         "up_s": _REAL, "joules": _REAL, "down_bytes": _WHOLE, "up_bytes": _WHOLE, "delay": _WHOLE, "experts_held": _COUNTS,
+        "probe_tokens": _WHOLE, "change_norm": _REAL,
     },
     "eval": {
         "client": _TEXT, "tier_label": _TEXT, "tier": _WHOLE, "perplexity": _REAL, "accuracy": _REAL, "loss": _REAL,

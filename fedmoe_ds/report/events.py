@@ -22,9 +22,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=1e15)]
 Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
-LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?$"
+LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?( b[0-9]{1,9})?$"
 Label = Annotated[str, Field(pattern=LABEL)]
-"""Of a tier: `4`, `4 r2`, `4 e8`."""
+"""Of a tier: `4`, `4 r2`, `4 e8`, `1 b2`."""
 
 
 class _Fields(BaseModel):
@@ -236,6 +236,7 @@ class _Trained(_Tiered):
     loss_first: Number | None = None
     loss_last: Number | None = None
     rescaler: Number | None = None
+    change_norm: Amount | None = None
     experts_held: Annotated[list[Count], Field(min_length=1)] | None = None
 
 
@@ -255,6 +256,8 @@ class _Round(_Fields):
     seconds: Seconds | None = None
     weight_entropy: Number | None = None
     load_variation: Amount | None = None
+    epsilon: Amount | None = None
+    server_loss_last: Number | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
     virtual_s: Seconds | None = None

@@ -182,7 +182,9 @@ def _rounds_table(history: History) -> Markup:
     head = ["round", "participants", "dropped", "waves", "tokens", "tokens/s", "time", "weight entropy"]
     # Of methods that deal experts alone.
     dealt = any(event.get("load_variation") is not None for _, event in rounds)
-    head += ["load variation"] * dealt
+    private = any(event.get("epsilon") is not None for _, event in rounds)
+    trained = any(event.get("server_loss_last") is not None for _, event in rounds)
+    head += ["load variation"] * dealt + ["epsilon"] * private + ["server's loss"] * trained
     rows = [
         [
             str(number),
@@ -194,6 +196,8 @@ def _rounds_table(history: History) -> Markup:
             formats.duration(event.get("seconds")),
             formats.number(event.get("weight_entropy")),
             *([formats.number(event.get("load_variation"))] * dealt),
+            *([formats.number(event.get("epsilon"))] * private),
+            *([formats.number(event.get("server_loss_last"))] * trained),
         ]
         for number, event in thinned(rounds, MOST_ROUNDS)
     ]

@@ -19,8 +19,7 @@ LOWER_IS_BETTER = {"perplexity"}
 TASK_LEAD = (
     "The share of hold-out samples that are answered right. Exact match: greedy decoding gives the reference answer, token by "
     "token. Ranked choice: of all answers in the data the right one is the likeliest. View 0, view 1: the model that reads "
-    "this view alone names the class. In brackets: the 95 % interval for the "
-    "number of samples, taken as independent."
+    "this view alone names the class. In brackets: the 95 % interval for the number of samples, taken as independent."
 )
 ACROSS_LEAD = (
     "Every client's own hold-out is one value, whatever its size. Worst tenth: the mean over the tenth of the clients, rounded "

@@ -114,7 +114,8 @@ class LoadedModel:
     ) -> None:
         config, device = spec.config, runtime.device
         self.spec, self.foundation, self.clients, self.runtime, self.run = spec, foundation, clients, runtime, run
-        self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device)
+        zero_head = config.adapters.head_start == "zero"
+        self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device, zero_head)
         model = adapted_model(spec, foundation, _execution(spec, self.adapters))
         self.received = ReceivedModel(spec.method, model, self.adapters)
         self.personal: Personal = initial_personal(spec, self.adapters, clients, slabs=client_slabs(config))
@@ -160,7 +161,9 @@ class LoadedModel:
         check_promise(config, kind)
         # Without a start neither experts nor projections: nothing of this configuration is trained.
         adapters = AdapterConfig(experts=False, attention=[]) if start is None else _adapters_of(start)
-        config = config.model_copy(update={"adapters": adapters})
+        # Further layers are a run's: without what it has made of them they would change nothing.
+        alone = config.foundation.model_copy(update={"expand": None})
+        config = config.model_copy(update={"adapters": adapters, "foundation": alone})
         check_plan(config, is_bitwise(config, kind))
         folder = resolve_foundation(config.foundation, config.seed, note)
         foundation = load_foundation(folder, config.foundation, 1, 0, runtime.device)
@@ -171,7 +174,7 @@ class LoadedModel:
         take_class(spec, runtime, {})
         tier = spec.tiers[0]
         budget = (tier.cap, tier.rank, tier.experts)
-        everybody = Client(0, "", tier.top_k, 0, 0, 0, *budget, tier=tier.label, layers=tier.layers)
+        everybody = Client(0, "", tier.top_k, 0, 0, 0, *budget, tier=tier.label, layers=tier.layers, blocks=tier.blocks)
         loaded = cls(spec, foundation, [everybody], runtime, None)
         if start is not None:
             begin_from(open_start(Path(start), spec, foundation.fingerprint), spec, loaded.adapters, None, runtime)
@@ -261,7 +264,7 @@ def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
     # Any method whose clients receive the model as it is.
     method = load_method(MethodConfig(name="fedit"))
     size = model_size(known.model, known.layers)
-    method.facts = facts_of(config, layout, size, known.images)
+    method.facts = facts_of(config, layout, size, known)
     tier = Tier(layout.top_k, 1.0, layout.top_k, config.adapters.rank, layout.num_experts, str(layout.top_k))
     cost = CostModel.of(size, layout, [], positions(known.images))
     kind: str = known.model.config.model_type

@@ -265,8 +265,8 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     with Progress() as progress:
         base = resolve_foundation(config.foundation, config.seed, progress.note)
     _check_same(base, snapshot, checkpoint, cache_folder(config.foundation, file_sums.KIND))
-    meta = build_on_meta(base, storage_type(config.foundation, device, base))
-    known = outline(meta, host_model(meta, 1, 0))
+    meta = build_on_meta(base, storage_type(config.foundation, device, base), config.foundation.expand)
+    known = outline(meta, host_model(meta, 1, 0), config.foundation.expand)
     spec = resolve_spec(config, method, device, known)
     events = list(Record(folder / METRICS)) if (folder / METRICS).is_file() else []
     clients = _clients(events, spec) if events else _named_clients(checkpoint, snapshot, spec)
@@ -303,7 +303,7 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
         tier, targets = by_label[label], row.get("targets", row.get("tokens", 0))
         found.append(
             Client(index, row["name"], tier.top_k, row["samples"], row["sequences"], targets, tier.cap, tier.rank, tier.experts,
-                   tier=tier.label, layers=tier.layers)
+                   tier=tier.label, layers=tier.layers, blocks=tier.blocks)
         )  # fmt: skip
     return found
 
@@ -313,6 +313,7 @@ def _named_clients(checkpoint: Path, snapshot: Snapshot, spec: RunSpec) -> list[
     names = client_names(checkpoint, snapshot.files) if len(spec.tiers) == 1 else None
     (tier, *_) = spec.tiers
     return [
-        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label, layers=tier.layers)
+        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label, layers=tier.layers,
+               blocks=tier.blocks)
         for index, name in enumerate(names or [])
-    ]
+    ]  # fmt: skip

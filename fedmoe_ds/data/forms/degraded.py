@@ -1,7 +1,7 @@
 """Degraded images: blurred, then noisy, each by a severity in [0, 1] that is its score.
 
 Clients differ: a client has a level of its own, and `skew` says how much of an image's severity that level is. An image of the
-global hold-out has one of its own, so the hold-out has all severities.
+global hold-out, or of the public split, has one of its own, so the hold-out has all severities.
 
 Legend: N images, K clients.
 """
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.data_form_section import DataFormConfig
-from fedmoe_ds.data.dealing import NOBODY
 from fedmoe_ds.data.forms.form import Dealt, Formed
 from fedmoe_ds.randomness import generator
 
@@ -38,6 +37,6 @@ def severities(dealt: Dealt, skew: float) -> NDArray[np.float32]:
     own_N, nobodys_N = draw.random((2, len(dealt.labels_N)))
     # One level per client by number, so that another number of images changes none of them.
     level_K = generator(dealt.seed, "data-form-level").random(dealt.clients)
-    level_N = np.where(dealt.client_N == NOBODY, nobodys_N, level_K[np.maximum(dealt.client_N, 0)])
+    level_N = np.where(dealt.client_N < 0, nobodys_N, level_K[np.maximum(dealt.client_N, 0)])
     severity_N: NDArray[np.float32] = (skew * level_N + (1 - skew) * own_N).astype(np.float32)
     return severity_N

@@ -24,7 +24,8 @@ class Dealt:
     Attributes:
         pixels_NCHW: float32 in [-1, 1], paper -1 and ink 1.
         labels_N: int64.
-        client_N: int64, the place of an image's client in canonical order; `dealing.NOBODY` in the global hold-out.
+        client_N: int64, the place of an image's client in canonical order; `dealing.NOBODY` in the global hold-out,
+            `dealing.SERVER` in the public split.
         clients: how many there are.
         seed: of the run. Draws are addressed by it and by an image's or a client's number.
     """
@@ -50,9 +51,10 @@ def _same(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Form:
-    """One kind: what it makes of images, and which [C, H, W] they have then; of several views the channels lie one view after
-    the other."""
+    """One kind: what it makes of images, which [C, H, W] they have then (of several views the channels lie one view after the
+    other), and whether it gives every image a score."""
 
     make: Callable[[Dealt, DataFormConfig], Formed]
     shape: Callable[[Shape], Shape] = _same
+    scored: bool = False
     views: int = 1

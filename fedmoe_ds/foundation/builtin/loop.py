@@ -48,7 +48,7 @@ def train_new(
         StopError: asked to stop, between two steps; what was trained is in `state`.
     """
     # No devices: pre-training runs on the CPU, whatever the run uses, so its bits are the same.
-    with _isolated(config.threads), torch.random.fork_rng(devices=[]):
+    with isolated(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(address_key(seed, "pretrain-init") % 2**63)
         model = create()
         return model, _train(model, batch_loss, samples, unit, config, seed, progress, state)
@@ -118,7 +118,7 @@ def _batches(samples: int, config: PretrainConfig, seed: int) -> Iterator[np.nda
 
 
 @contextmanager
-def _isolated(threads: int) -> Iterator[None]:
+def isolated(threads: int) -> Iterator[None]:
     """Run with this number of CPU threads and reproducible kernels only, then restore what the process had."""
     guard: Any = torch.utils.deterministic
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), guard.fill_uninitialized_memory

@@ -28,7 +28,7 @@ def train_on_text(
     model_config = preset.config()
     progress(f"foundation: training a tokenizer of {model_config.vocab_size} tokens on {len(texts)} documents")
     tokenizer = train_tokenizer(texts, model_config.vocab_size)
-    sequences_NS = _pack(tokenizer, texts, model_config.eos_token_id)
+    sequences_NS = pack(tokenizer, texts, model_config.eos_token_id)
     entropy = _unigram_entropy(sequences_NS)
     progress(f"foundation: {sequences_NS.numel()} tokens, unigram entropy {entropy:.2f} nats")
 
@@ -48,7 +48,7 @@ def train_on_text(
     return [model, tokenizer], {"tokens": sequences_NS.numel(), "unigram_entropy": entropy, "losses": losses}
 
 
-def _pack(tokenizer: Any, texts: list[str], eos_token_id: int) -> Tensor:
+def pack(tokenizer: Any, texts: list[str], eos_token_id: int) -> Tensor:
     """Tokenize, join the documents with the end token between them, and cut into full sequences."""
     stream: list[int] = []
     encode = Encoder(tokenizer)

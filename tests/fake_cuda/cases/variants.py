@@ -8,7 +8,7 @@ import torch
 from dense_inputs import dense_config
 from every import every
 from federations import run_alone
-from method_variants import BESIDE, PLAIN, VARIANTS, VIEWED, variant_config
+from method_variants import BESIDE, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, VIEWED, variant_config
 
 from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
@@ -19,11 +19,15 @@ NAMES = {
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
-        "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
-        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "bmsfed",
+        "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "fedbe", "ota-ffl", "wireless-fl", "fed-moe",
+        "flex-moe", "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey",
+        "prism", "raffm", "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private", "head",
+        "fl-games", "plain-fl-games", "bmsfed",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm"],
+    "case_losses_are_the_cpu_s": [
+        "flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm", "mor-images",
+    ],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
@@ -37,6 +41,16 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "fft-moe": ("llama", {}),
     "fft-moe-global": ("llama", {"method": {"auxiliary": "global"}}),
     "fft-moe-images": ("vit", {}),
+    "mor-images": (
+        "vit",
+        {
+            "adapters": {
+                "moe": {"experts": 8, "width": 1, "linear": True, "shared": 3, "zero": 4, "router_input": "sample"},
+            },
+            "method": {"name": "mor"},
+            "data": {"form": {"kind": "degraded"}},
+        },
+    ),
 }
 ROUND: dict[str, Any] = {
     "execution": {"reproducible": "fast", "clients_in_flight": 3},
@@ -44,7 +58,8 @@ ROUND: dict[str, Any] = {
     "local": {"max_steps": 2},
     "evaluation": {"every": 9, "max_sequences": 2, "client_sequences": 0},
 }
-FEWER: dict[str, dict[str, Any]] = {"lora-fair": {"method": {"server_steps": 2}}}
+ALL: dict[str, Any] = {"federation": {"participation": 1.0}}
+FEWER: dict[str, dict[str, Any]] = {"lora-fair": {"method": {"server_steps": 2}}, "fl-games": ALL, "plain-fl-games": ALL}
 EVALUATED: dict[str, Any] = {"evaluation": {"every": 1}}
 SEARCHED: dict[str, Any] = {
     "federation": {"rounds": 2, "participation": 1.0},
@@ -71,7 +86,8 @@ def case_round(fake: Any, name: str) -> None:
 
 
 def case_every_method_has_a_round(fake: Any) -> None:
-    assert (VARIANTS | PLAIN | BESIDE | VIEWED | MORE | DENSE).keys() == set(NAMES["case_round"])
+    every_one = VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | VIEWED | MORE | DENSE
+    assert every_one.keys() == set(NAMES["case_round"])
 
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
