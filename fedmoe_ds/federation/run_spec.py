@@ -18,7 +18,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.channel_group_checks import check_groups, check_planned_groups
+from fedmoe_ds.federation.channel_group_checks import check_choice, check_groups, check_planned_groups
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.expert_forms import check_router_input
@@ -172,6 +172,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     method.facts = facts_of(config, expert_layout, size, model)
     method.check(method.facts)
     check_pre_gate(config, method, model.model)
+    check_choice(config, method, model)
     further, scored = len(method.facts.expanded), has_scores(config.data.form)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth, further)
     tiers = resolve_tiers(config.federation, full, method.spends)
