@@ -131,11 +131,6 @@ class FLGames(Method):
                 f"server.{told}: the model of method fl-games is the mean of all heads, to which no other step leads; "
                 "use server.optimizer=fedavg and server.lr=1"
             )
-        if server.training is not None:
-            raise UserError(
-                "server.training: the model of method fl-games is the mean of all heads, and would be another one after the "
-                "server's own steps; drop the section"
-            )
 
     # Before and during local training
 
