@@ -172,13 +172,13 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     method.facts = facts_of(config, expert_layout, size, model)
     method.check(method.facts)
     check_pre_gate(config, method, model.model)
-    check_choice(config, method, model)
     further, scored = len(method.facts.expanded), has_scores(config.data.form)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth, further)
     tiers = resolve_tiers(config.federation, full, method.spends)
     every = adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored, model.expansion)
     blocks = method.blocks(every)
     check_owned(config, blocks)
+    check_choice(config, method, model)
     if any(block.name == ROUTER_BIAS for block in blocks):
         refuse_zero_experts(config)
     return RunSpec(
