@@ -23,7 +23,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel, PassResult, segment_sums
-from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.router import Demand
 
 CPU = torch.device("cpu")
@@ -145,3 +145,11 @@ def test_a_folder_is_enough(classifier: Foundation, tmp_path: Path) -> None:
     theirs = AutoModelForImageClassification.from_pretrained(classifier.path)
     theirs.save_pretrained(tmp_path)
     assert load_foundation(tmp_path, FoundationConfig(), 1, 0, "cpu").fingerprint == classifier.fingerprint
+
+
+def test_members_that_share_a_pass_are_one_segment_of_rows() -> None:
+    """Their demands are two, of half of the segment's rows each."""
+    valid_T = torch.ones(12, dtype=torch.bool)
+    run = Pass([Segment(0, 0, 4, 3)], None, valid_T, valid_T, valid_T, demands=[Demand(6, 1), Demand(6, 1)])
+    (places,) = run.places(12)
+    assert torch.equal(torch.arange(12)[places], torch.arange(12))

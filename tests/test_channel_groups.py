@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_inputs import FAMILIES, dense_config, write_dense
 from every import every
-from federations import alone, run_alone
+from federations import alone, build, run_alone
 from grouped_models import Grouped, dense_logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
@@ -238,6 +238,11 @@ def test_refusals_before_anything_is_loaded(root: Path, name: str) -> None:
     check_start(config_of(root, family), "cpu")
     with pytest.raises(UserError, match=f"^{start}"):
         check_start(config_of(root, family, changes), "cpu")
+
+
+def test_no_method_moves_a_choice_that_nobody_makes(root: Path) -> None:
+    with pytest.raises(UserError, match=r"^method\.name: ub-smoe: it moves which experts a router chooses, and groups of"):
+        build(config_of(root, "llama", {"method": {"name": "ub-smoe"}}), *alone())
 
 
 def test_a_mixture_is_not_converted(root: Path) -> None:

@@ -69,9 +69,13 @@ def test_gradients_of_two_clients_heads_in_one_pass(root: Path, family: str) -> 
     hidden_BSD, _ = model._hidden(batch, None, None)
     hidden = torch.split(batch.predicting(hidden_BSD).detach(), batch.targets)
     labels = torch.split(batch.labels_N, batch.targets)
+    read = model.read_out(batch, None)
     for slot in range(2):
         weight, bias = reference(bank.value(HEAD, -1)[slot], bank.value(HEAD_BIAS, -1)[slot] if HEAD_BIAS in bank else None)
-        F.cross_entropy(F.linear(hidden[slot], weight, bias), labels[slot]).backward()
+        logits = F.linear(hidden[slot], weight, bias)
+        head, own = read[slot]
+        assert torch.allclose(head(own), logits, atol=1e-5), "what a client is taught is read out by its own head"
+        F.cross_entropy(logits, labels[slot]).backward()
         assert torch.allclose(bank.grad(HEAD, -1)[slot], weight.grad, atol=1e-6)
         assert bias is None or torch.allclose(bank.grad(HEAD_BIAS, -1)[slot], bias.grad, atol=1e-6)
     # What is before the head has its gradient through the client's own.

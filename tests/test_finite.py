@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import LARGEST_VALUE, Gatherer
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.dispatcher import Pool
@@ -38,3 +41,16 @@ def test_a_loss_counts_and_large_numbers_within_bounds_do_not() -> None:
     for values in bank.values.values():
         values.fill_(-0.999 * LARGEST_VALUE)
     assert finite(bank, {0: [1.0, 2.0], 2: [1.0, math.nan]}) == [True, True, False]
+
+
+def test_measures_see_what_the_method_lets_a_client_start_from() -> None:
+    """With experts and without: a change is counted from there, and not from what everybody receives."""
+    specs = [BlockSpec("head.weight", (-1,), (2,)), BlockSpec("experts.w", (0,), (2,), expert=True)]
+    bank, start = Bank(specs, 2, CLIENTS), Bank(specs, 2, 1, with_grad=False)
+    starts = {spec.name: torch.full_like(start.client(spec.name, 0), 2.0) for spec in specs}
+    view = ClientView(Client(0, "c", 1, 1, 1, 1), Assignment(1), bank, start, {True: 1, False: 1}, {}, starts=starts)
+    for spec in specs:
+        view.value(spec).fill_(5.0)
+    gatherer = Gatherer(Pool(None, 1, 2, CLIENTS, merge=True), torch.device("cpu"))
+    (found,) = gatherer.measures([view], lambda own: {s.name: (own.value(s) - own.received(s)).sum(-1) for s in own.blocks()})
+    assert found["head.weight"].tolist() == [6.0] and found["experts.w"].tolist() == [[6.0, 6.0]]

@@ -29,6 +29,7 @@ from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_start, resolve_spec
+from fedmoe_ds.federation.server_training import train_server
 from fedmoe_ds.foundation import conversion, load_foundation, planned_sparse, resolve_foundation
 from fedmoe_ds.foundation.domain_channels import choose
 from fedmoe_ds.foundation.foundation import planned_config
@@ -185,6 +186,18 @@ def test_experts_and_router_take_turns(root: Path) -> None:
         assert changed and every(turn in key for key in changed), "nothing else moves, weight decay included"
         assert turn == "experts" or len(changed) == len(parts.trainer.model.foundation.model.pre_gate.weights())  # type: ignore
     journal.close()
+
+
+def test_the_server_leaves_the_router_as_it_is(root: Path) -> None:
+    """Nothing but the method's loss gives it a gradient, and it would decay."""
+    own = {"data": {"public": 0.2}, "server": {"training": {}}, "local": {"weight_decay": 0.5}}
+    parts, journal = build(config_of(root, "server", own), *alone())
+    journal.close()
+    before = {key: value.clone() for key, _, value in parts.state.adapters.items(0)}
+    assert train_server(parts, 1)["server_steps"] > 0
+    moved = {key for key, _, value in parts.state.adapters.items(0) if not torch.equal(value, before[key])}
+    router = {key for key in before if key.startswith("model.pre_gate.")}
+    assert moved and router and not moved & router
 
 
 def test_experts_are_averaged_by_the_rows_they_served(root: Path) -> None:

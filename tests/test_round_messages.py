@@ -12,21 +12,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from every import every
 from federations import alone, build, leave_out, make_config, write_inputs
 from torch import Tensor
 
+from fedmoe_ds.checkpoint.client_homes import Homes
+from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.state import PartialRound
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.round_messages import meet, stop_agreed
+from fedmoe_ds.federation.round_messages import meet, stop_agreed, unweighted
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.planner.counts import CONTROL, ControlCalls
 
 SMALL: dict[str, Any] = {
@@ -229,3 +235,33 @@ def test_failures_and_results_of_one_rank_reach_all() -> None:
     assert in_world(3, fails) == ["rank 1 says no"] * 3
     assert in_world(2, lambda rank, runtime: runtime.run_on_all_ranks(lambda: rank)) == [0, 1]
     assert in_world(2, lambda rank, runtime: runtime.any(rank == 1, False)) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_of_a_block_without_weight_each_cluster_asks_the_clients_at_home_in_it(trains: bool) -> None:
+    """What a client keeps is nowhere else when the round has ended, and what it is told may follow from that."""
+    block, clients = BlockSpec("attention.q_proj.lora_B", (0, 1), (4, 2)), [Client(i, f"c{i}", 1, 3, 5, 5) for i in range(2)]
+    kept = BlockSpec("kept", (-1,), (1,), personal=True, trained=False)
+
+    def named(cluster: int, elsewhere: bool) -> tuple[list[int], list[bool], list[str]]:
+        asked, said = list[int](), list[bool]()
+
+        def assign(client: Client, round_index: int) -> Assignment:
+            asked.append(client.index)
+            return Assignment(1, trained_N=np.full(2, trains and client.index == 1))
+
+        def any_rank(*flags: bool) -> list[bool]:
+            said.extend(flags)
+            return [flag or elsewhere for flag in flags]
+
+        parts: Any = SimpleNamespace(
+            spec=SimpleNamespace(method=SimpleNamespace(resting=lambda round_index: frozenset()), blocks=[block]),
+            trainer=SimpleNamespace(hooks=SimpleNamespace(assign=assign)),
+            state=SimpleNamespace(personal=Personal([kept], 1, 2, homes=Homes(clusters=2, cluster=cluster))),
+            runtime=SimpleNamespace(any=any_rank),
+        )
+        return asked, said, unweighted(parts, clients, 1, {block.name: 0})
+
+    expected = [block.name] if trains else []
+    assert named(0, trains) == ([0], [False], expected)
+    assert named(1, False) == ([1], [trains], expected)

@@ -47,10 +47,8 @@ class Teaching:
         images = self.model.foundation.images
         # As a probe's: the received model has no dropout.
         batch = self.model.batch([replace(work, probing=True).rows(step, micro, images) for work in works])
-        result = self.model.forward(batch, slot, self.factors(works))
-        (hidden_ND,) = result.members
-        for work, own_ND in zip(works, torch.split(hidden_ND, batch.targets), strict=True):
+        for work, (head, own_ND) in zip(works, self.model.read_out(batch, slot, self.factors(works)), strict=True):
             objective = training.objectives.get(work.slot)
             if objective is not None and objective.teach is not None and len(own_ND):
-                parts = chunks(len(own_ND), result.head.out_features)
-                work.taught[step, micro] = torch.cat([objective.teach(logits_of(result.head, own_ND[part])) for part in parts])
+                parts = chunks(len(own_ND), head.out_features)
+                work.taught[step, micro] = torch.cat([objective.teach(logits_of(head, own_ND[part])) for part in parts])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -163,15 +163,12 @@ class Gatherer:
         found: list[dict[str, np.ndarray]] = []
         for view in views:
             # Expert and dense part by themselves: the first is joined over all ranks, the second exists at home alone.
-            slots = {True: view.slots[True]}
-            expert = measure(
-                ClientView(view.client, view.assignment, view.bank, view.start, slots, {}, view.past, view.first_expert)
-            )
+            expert = measure(replace(view, slots={True: view.slots[True]}, client_state={}))
             result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
             home = self.pool.slots.rank_of(view.slots[True])
             # A rank that is not the client's home, and may be that of none, takes part with numbers that are not used.
             bank, slot = (view.bank, view.slots[False]) if False in view.slots else (view.start, 0)
-            own = ClientView(view.client, view.assignment, bank, view.start, {False: slot}, {}, view.past, view.first_expert)
+            own = replace(view, bank=bank, slots={False: slot}, client_state={})
             # Sorted: each name is a collective, and all ranks must come to them in one order.
             for name, value in sorted(measure(own).items()):
                 parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)

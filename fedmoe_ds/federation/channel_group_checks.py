@@ -8,6 +8,7 @@ from fedmoe_ds.foundation.channel_grouping import check_convertible
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
+from fedmoe_ds.methods import Method
 
 
 def check_planned_groups(config: Config) -> None:
@@ -24,6 +25,15 @@ def check_groups(config: Config, model: Outline) -> None:
     """The same with the model at hand. Raises UserError."""
     if model.layers and isinstance(model.layers[0], GroupedLayer):
         _check_trained(config, model.layers[0].gated)
+
+
+def check_choice(config: Config, method: Method, model: Outline) -> None:
+    """No method moves a choice that nobody makes; it has seen the model's facts. Raises UserError."""
+    if method.candidates and model.layers and isinstance(model.layers[0], GroupedLayer):
+        raise UserError(
+            f"method.name: {config.method.name}: it moves which experts a router chooses, and groups of channels have gates of "
+            "one and no router; use another method"
+        )
 
 
 def _check_trained(config: Config, gated: bool | None) -> None:

@@ -63,13 +63,23 @@ def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[s
 
 
 def unweighted(parts: Parts, chosen: Sequence[Client], round_index: int, weighted: dict[str, int]) -> list[str]:
-    """Blocks that some of these clients were told to train, and of which no tensor has any weight (`share_counts`)."""
+    """Blocks that some of these clients were told to train, and of which no tensor has any weight (`share_counts`).
+
+    Collective where there are such blocks and what a client is told may follow from what it keeps elsewhere.
+    """
     resting = parts.spec.method.resting(round_index)
     without = [spec for spec in parts.spec.blocks if weighted.get(spec.name, 1) == 0 and spec.name not in resting]
     if not without:
         return []
-    told = [parts.trainer.hooks.assign(client, round_index) for client in chosen]
-    return [spec.name for spec in without if any((own := one.trains(spec)) is None or own.any() for one in told)]
+    personal = parts.state.personal
+    apart = bool(personal) and personal.homes.clusters > 1
+    # The round has brought home what clients keep: each cluster speaks for those that are at home in it.
+    mine = [client for client in chosen if not apart or personal.homes.is_here(client.index)]
+    told = [parts.trainer.hooks.assign(client, round_index) for client in mine]
+    trained = [any((own := one.trains(spec)) is None or bool(own.any()) for one in told) for spec in without]
+    if apart:
+        trained = parts.runtime.any(*trained)
+    return [spec.name for spec, some in zip(without, trained, strict=True) if some]
 
 
 def share_products(parts: Parts) -> dict[str, int]:

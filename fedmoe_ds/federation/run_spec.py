@@ -18,7 +18,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.channel_group_checks import check_groups, check_planned_groups
+from fedmoe_ds.federation.channel_group_checks import check_choice, check_groups, check_planned_groups
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.expert_forms import check_router_input
@@ -178,6 +178,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     every = adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored, model.expansion)
     blocks = method.blocks(every)
     check_owned(config, blocks)
+    check_choice(config, method, model)
     if any(block.name == ROUTER_BIAS for block in blocks):
         refuse_zero_experts(config)
     return RunSpec(

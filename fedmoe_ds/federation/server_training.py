@@ -1,10 +1,10 @@
 """Server training: the server as one more client, which trains on the public split after its step.
 
 Cluster 0 trains it, as a wave of one client, with the settings of clients but for its own rate and epochs, and with plain
-cross-entropy: of what a method observes, decides or minimises it does nothing. It is in no mean. What it has trained reaches
-all ranks through sums of their own in which it is alone, and becomes the global adapters. Batches are drawn by its index, the
-one behind the clients'; a round draws as that round, `warm_up` as round 0. A start that was
-stopped before its first round warms up again.
+cross-entropy: of what a method observes, decides or minimises it does nothing. A router before the layers, which has its
+gradient from its method's loss alone, stays as it is. The server is in no mean. What it has trained reaches all ranks through
+sums of their own in which it is alone, and becomes the global adapters. Batches are drawn by its index, the one behind the
+clients'; a round draws as that round, `warm_up` as round 0. A start that was stopped before its first round warms up again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from fedmoe_ds.aggregation.postprocessors import OK, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, richest
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -105,6 +106,9 @@ def _trainer(parts: Parts, epochs: float) -> WaveTrainer:
     told, trainer = parts.config.server.training, copy(parts.trainer)
     assert told is not None
     own = {"epochs": epochs, "steps": None, "max_steps": None, "lr": told.lr, "rounds_schedule": "constant"}
-    # No hooks: a method, and a correction of drift, are about clients. The optimizer is the same one, and begins anew.
-    trainer.local, trainer.hooks, trainer.timer = trainer.local.model_copy(update=own), LocalTrainingHooks(), PhaseTimer()
+    # No more: a method, and a correction of drift, are about clients. The optimizer is the same one, and begins anew.
+    # Without a gradient decay would move a router before the layers, which is all that is common to them.
+    common = not parts.spec.method.pre_gated
+    hooks = LocalTrainingHooks(assign=lambda client, _: Assignment(client.cap, trains_common=common))
+    trainer.local, trainer.hooks, trainer.timer = trainer.local.model_copy(update=own), hooks, PhaseTimer()
     return trainer

@@ -114,6 +114,12 @@ class AdaptedModel:
         nll_N, correct_N = scores(head, members, first.labels_N)
         return PassResult(nll_N, correct_N, first.targets, hidden_BSD, members, run, head)
 
+    def read_out(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> list[tuple[Head, Tensor]]:
+        """Run the model once. By segment, what reads its client's hidden states out, and those of its targets, [N, D]."""
+        hidden_BSD, _ = self._hidden(batch, slot, rescale_C)
+        own = torch.split(batch.predicting(hidden_BSD), batch.targets)
+        return list(zip(self.heads(batch) or [self.head] * len(own), own, strict=True))
+
     def loss(
         self,
         batch: Batch,

@@ -105,7 +105,9 @@ class Pass:
         return [slice(seg.start * width, seg.stop * width) for seg in self.segments]
 
     def _valid_places(self, at: int, own: slice) -> slice | Tensor:
-        valid = None if self.demands is None else self.demands[at].rows
+        # Where members of a client share the pass, demands are theirs, and not those of segments.
+        demands = self.demands if len(self.demands or []) == len(self.segments) else None
+        valid = None if demands is None else demands[at].rows
         if valid == own.stop - own.start:
             return own
         # With their number known, the host need not wait for a GPU to say it.
