@@ -15,6 +15,7 @@ import yaml
 
 from fedmoe_ds import __version__
 from fedmoe_ds.export.written import Request, Written
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.record import expanded
@@ -144,7 +145,9 @@ def _evaluations(request: Request, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _active_experts(request: Request, written: Written) -> list[str]:
-    if not request.run.spec.expert_layout.num_experts:
+    # To whoever loads it, groups of channels are the blocks of a dense model.
+    grouped = any(isinstance(layer, GroupedLayer) for layer in request.run.outline.layers)
+    if grouped or not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
     if request.run.config.adapters.moe is not None:
