@@ -336,3 +336,9 @@ def test_lora_beside_further_layers_is_refused(root: Path) -> None:
             config_of(root, "beside", FEDBE, {"adapters": change})
     tree = {"foundation": {"preset": "tiny-llama", "expand": {"blocks": 2}}}
     assert Config.model_validate(tree).adapters.attention == []
+
+
+def test_layers_at_other_places_are_no_start(root: Path, mixed: Result) -> None:
+    start = {"adapters": {"start": str(mixed.parts.checkpoints.parent)}}
+    with pytest.raises(UserError, match=r"^adapters\.start: .*further layers are at other places \(.*blocks: 2.*use as many blocks"):
+        build(config_of(root, "elsewhere", FEDBE, {"foundation": {"expand": {"blocks": 1}}}, start), *alone())
