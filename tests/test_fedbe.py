@@ -340,5 +340,7 @@ def test_lora_beside_further_layers_is_refused(root: Path) -> None:
 
 def test_layers_at_other_places_are_no_start(root: Path, mixed: Result) -> None:
     start = {"adapters": {"start": str(mixed.parts.checkpoints.parent)}}
-    with pytest.raises(UserError, match=r"^adapters\.start: .*further layers are at other places \(.*blocks: 2.*use as many blocks"):
+    with pytest.raises(
+        UserError, match=r"^adapters\.start: .*its further layers are at other places \(.*blocks: 2.*; use as many"
+    ):
         build(config_of(root, "elsewhere", FEDBE, {"foundation": {"expand": {"blocks": 1}}}, start), *alone())
