@@ -24,7 +24,7 @@ from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import load_parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.run_spec import check_start
-from fedmoe_ds.foundation import load_foundation, resolve_foundation
+from fedmoe_ds.foundation import load_foundation, planned_sparse, resolve_foundation
 from fedmoe_ds.foundation.channel_grouping import Plan, grouped, saliency, write
 from fedmoe_ds.foundation.channel_groups import Grouping
 from fedmoe_ds.foundation.loading import Skeleton
@@ -208,6 +208,8 @@ def test_an_entry_of_the_cache_is_made_once(root: Path, tmp_path: Path) -> None:
     prints = [load_foundation(folder, config, 1, 0, "cpu").fingerprint for folder in (first, other, root / "vit")]
     # Twice the same channels in the same order: what tells them apart is how these are grouped.
     assert len({*prints}) == 3
+    # Given as a path, the folder says by itself that there are experts.
+    assert planned_sparse(FoundationConfig(path=str(first))) and not planned_sparse(FoundationConfig(path=str(root / "vit")))
 
 
 def config_of(root: Path, family: str, *changes: dict[str, Any]) -> Config:

@@ -21,6 +21,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.identity import of_settings
+from fedmoe_ds.federation.start_events import start_line
 from fedmoe_ds.model.adapter_bank import HEAD, HEAD_BIAS
 from fedmoe_ds.model.batch import Rows
 
@@ -92,6 +93,7 @@ def alone_run(root: Path) -> Result:
 
 
 def test_a_head_alone_is_trained_from_zero(alone_run: Result) -> None:
+    assert "; the whole head (no experts)" in start_line(alone_run.parts)
     keys = [f"model.{name}" for name in (HEAD, HEAD_BIAS)]
     assert sorted(alone_run.adapters) == sorted(keys)
     assert every(alone_run.adapters[key].any() for key in keys)

@@ -162,6 +162,7 @@ def test_groups_of_channels(root: Path, kind: str, tmp_path: Path, monkeypatch: 
     check(config, parts, tmp_path, alike=kind == "lora")  # a factor of a client, and none of a tier
     told = json.loads((tmp_path / "0" / "config.json").read_text())
     assert "channel_groups" not in told and told["intermediate_size"] == 48
+    assert "active experts" not in (tmp_path / "0" / "README.md").read_text(), "nobody who loads it has experts"
     run = open_run(run_folder(config))
     with pytest.raises(UserError, match=r"groups of channels \(foundation.convert\) are parts of a block's matrices; use"):
         export("peft", request(run, next(selections(run)), tmp_path / "peft"))

@@ -329,10 +329,18 @@ def test_what_is_refused(root: Path, case: str) -> None:
 
 
 def test_lora_beside_further_layers_is_refused(root: Path) -> None:
-    for change in ({"attention": ["q_proj"]}, {"feed_forward": ["up_proj"]}, {"moe": {"experts": 2, "width": 4, "top_k": 1}}):
-        with pytest.raises(
-            ValueError, match=r"adapters\.(attention|feed_forward|moe): foundation\.expand trains its layers alone"
-        ):
+    moe = {"experts": 2, "width": 4, "top_k": 1}
+    for change in ({"attention": ["q_proj"]}, {"feed_forward": ["up_proj"]}, {"moe": moe}, {"head": "train"}):
+        (key,) = change
+        with pytest.raises(ValueError, match=rf"adapters\.{key}: foundation\.expand trains its layers alone"):
             config_of(root, "beside", FEDBE, {"adapters": change})
     tree = {"foundation": {"preset": "tiny-llama", "expand": {"blocks": 2}}}
     assert Config.model_validate(tree).adapters.attention == []
+
+
+def test_layers_at_other_places_are_no_start(root: Path, mixed: Result) -> None:
+    start = {"adapters": {"start": str(mixed.parts.checkpoints.parent)}}
+    with pytest.raises(
+        UserError, match=r"^adapters\.start: .*its further layers are at other places \(.*blocks: 2.*; use as many"
+    ):
+        build(config_of(root, "elsewhere", FEDBE, {"foundation": {"expand": {"blocks": 1}}}, start), *alone())

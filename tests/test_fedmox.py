@@ -28,12 +28,15 @@ from fedmoe_ds.data import digits
 from fedmoe_ds.data.preparation import assemble_images
 from fedmoe_ds.data.sequences import fingerprint
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.card import card
+from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.server_training import server_client
 from fedmoe_ds.methods import method_for
 from fedmoe_ds.model.adapter_moe_layer import SelectedSoftmax
 from fedmoe_ds.model.router import route
+from fedmoe_ds.results import open_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -107,6 +110,9 @@ def test_the_record_tells_the_server_s_losses(plain: Result) -> None:
     assert every(np.isfinite(loss) and loss > 0 for loss in told) and {event["server_status"] for event in rounds} == {"ok"}
     first = next(event["round"] for event in plain.events if event["event"] in ("eval", "warm_up") and "round" in event)
     assert first == 0, "the evaluation before round 1 is that of the warmed-up model"
+    run = open_run(plain.parts.checkpoints.parent)
+    said = card(Request(run, run.select(), run.folder / "out", "base"), Written("transformers", "", ""))
+    assert "|  | after the server's warm-up | trained |" in said
 
 
 # What is the same as something simpler, to the bit

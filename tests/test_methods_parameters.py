@@ -300,6 +300,8 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
     ({"data": {"validation": "v.jsonl", "global_holdout": 0.1}}, {"data": {"validation": None}}),
     ({"execution": {"expert_halves": True}}, {"topology": {"ep_size": 2}}),
+    ({"execution": {"owned_gib": 1.0}}, {"foundation": {"expand": {"blocks": 1}}}),
+    ({"privacy": {"clip": 1.0, "noise_multiplier": 0.0, "delta": 1e-6}}, {"privacy": {"noise_multiplier": 1.0}}),
 ]
 
 

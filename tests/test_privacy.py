@@ -28,7 +28,7 @@ from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import privacy_account
 from fedmoe_ds.federation.identity import of_settings
-from fedmoe_ds.federation.privacy_account import account, check_budget, epsilon, spent_by
+from fedmoe_ds.federation.privacy_account import account, check_at_hand, check_budget, epsilon, spent_by
 from fedmoe_ds.methods import RoundContext, method_for
 from fedmoe_ds.methods.private import change_norm, key_digest, secret
 from fedmoe_ds.methods.registry import method_names
@@ -192,6 +192,14 @@ def test_a_key_file_is_long_enough_and_there(tmp_path: Path) -> None:
         secret(str(tmp_path / "short"))
     with pytest.raises(UserError, match=r"^privacy\.key_file: .*none: No such file or directory; give a file"):
         secret(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"^privacy\.key_file: .*none: No such file"):
+        check_at_hand(PrivacyConfig(clip=1.0, key_file=str(tmp_path / "none")))
+
+
+def test_a_missing_secret_is_told_before_anything_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmoe_ds.federation.build.load_shared_foundation", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=r"^privacy\.key_file: .*none: No such file"):
+        build(private(root, "no-secret", clip=1.0, key_file=str(root / "none")), *alone())
 
 
 def settings(**keys: Any) -> Config:

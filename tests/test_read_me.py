@@ -35,6 +35,7 @@ from fedmoe_ds.foundation.domain_channels import choose
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.pre_gate import logits, overlaps, router_loss
 from fedmoe_ds.foundation.read_me import convert_read_me
+from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.results import open_run
 
@@ -262,10 +263,17 @@ def test_every_key_decides_what_is_made(root: Path, monkeypatch: pytest.MonkeyPa
         convert_read_me(root / "llama", ConvertConfig(**{**CONVERT, name: value}), 0, root, print)
     convert_read_me(root / "llama", ConvertConfig(**CONVERT), 1, root, print)  # another seed
     assert len(set(keys)) == len(keys) == 2 + len(changes)
-    with pytest.raises(ValidationError, match="order: given: has no effect with kind read-me"):
+    with pytest.raises(ValidationError, match=r"foundation\.convert\.order: given: has no effect with kind read-me"):
         ConvertConfig(kind="read-me", order="given")
-    with pytest.raises(ValidationError, match=r"kept: 0\.7: has no effect with kind channel-groups"):
+    with pytest.raises(ValidationError, match=r"foundation\.convert\.kept: 0\.7: has no effect with kind channel-groups"):
         ConvertConfig(kept=0.7)
+
+
+def test_a_plan_counts_what_lies_beside_the_model(root: Path) -> None:
+    known = load_foundation(root / "read-me", FoundationConfig(), 1, 0, "cpu").outline
+    stored = load_file(root / "read-me" / "model.safetensors")
+    beside = sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("pre_gate."))
+    assert model_size(known.model, known.layers).pre_gate_bytes == beside > 0
 
 
 def test_no_file_of_others_can_say_who_decides_before_the_layers(root: Path, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ class ConvertConfig(Section):
             for name in names if kind != self.kind else ():
                 # Compared with the default and not with what was written: a run saves all keys.
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}: {getattr(self, name)}: has no effect with kind {self.kind}; drop the key")
+                    raise ValueError(
+                        f"foundation.convert.{name}: {getattr(self, name)}: has no effect with kind {self.kind}; drop the key"
+                    )
         return self
 
 

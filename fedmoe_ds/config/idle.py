@@ -61,6 +61,10 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
     if server.optimizer == "fedadagrad":
         yield "server", ("beta2",), "server.optimizer is fedadagrad, which adds squares up"
+    if config.privacy.clip is not None and config.privacy.noise_multiplier == 0:
+        yield "privacy", ("delta", "key_file"), "privacy.noise_multiplier is 0: nothing is drawn, and nothing is private"
+    if config.foundation.expand is None:
+        yield "execution", ("owned_gib",), "foundation.expand is null: no client holds whole layers"
     if config.topology.ep_size == 1:
         yield "execution", ("expert_halves",), "topology.ep_size is 1: no row travels"
     if evaluation.generations == 0:

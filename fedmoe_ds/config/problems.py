@@ -44,7 +44,8 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{dotted}: missing; give it as {expected_at(location, model)}"
     if kind == "value_error":  # raised by a cross-field rule of the tree, which words its own message
         message = str(detail["ctx"]["error"])
-        return f"{dotted}: {message}" if dotted else message
+        # Most name the key that is meant, which is often one of the section that pydantic names.
+        return f"{dotted}: {message}" if dotted and not message.startswith((f"{dotted}.", f"{dotted}:")) else message
     value, expected = detail["input"], expected_at(location, model)
     # YAML read a number or a truth value where text was meant, such as `name: 2024`.
     is_bare_scalar = isinstance(value, int | float) and expected.startswith("string")

@@ -188,8 +188,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_expansion(self) -> Config:
-        if self.foundation.expand is not None and (self.adapters.projections or self.adapters.moe is not None):
-            key = "moe" if self.adapters.moe is not None else "attention" if self.adapters.attention else "feed_forward"
+        adapters = self.adapters
+        given = {name: getattr(adapters, name) for name in ("moe", "attention", "feed_forward")}
+        given |= {"head": adapters.head == "train"}
+        key = next((name for name, value in given.items() if value), None)
+        if self.foundation.expand is not None and key is not None:
             raise ValueError(
                 f"adapters.{key}: foundation.expand trains its layers alone, all others stay as they are; drop one of the two"
             )

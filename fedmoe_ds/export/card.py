@@ -15,6 +15,8 @@ import yaml
 
 from fedmoe_ds import __version__
 from fedmoe_ds.export.written import Request, Written
+from fedmoe_ds.federation.server_training import epochs_of
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.record import expanded
@@ -99,7 +101,7 @@ def _trained(request: Request) -> str:
 
 def _scores(request: Request) -> str:
     """Before and after, on the global hold-out at this tier; of a client's own model, on its hold-out. Before is the
-    base model or, of a run that went on from adapters, the model with these."""
+    base model or, of a run that went on from adapters or whose server had warmed up, the model with these."""
     if request.selection.client is None and request.run.spec.method.personal_models:
         return "The run scored its clients' own models, each with the experts that it uses, and not this one with all of them."
     before, after = (_row(request, last) for last in (0, request.run.round))
@@ -109,8 +111,11 @@ def _scores(request: Request) -> str:
     rows = [(key.replace("_", " "), _number(before.get(key)), _number(after.get(key))) for key in figures]
     hold_out = "the client's hold-out" if request.selection.client is not None else "the global hold-out"
     later = "" if after["round"] == request.run.round else f" (last evaluated after round {after['round']})"
+    # Round 0 is scored after what the server has trained by itself.
+    warmed = epochs_of(request.run.config, 0) > 0
+    begun = "start" if _start(request) else "after the server's warm-up" if warmed else "base model"
     return f"On {hold_out}, {after.get('targets', after.get('tokens'))} predictions{later}:\n\n" + _markdown_table(
-        rows, ("", "start" if _start(request) else "base model", "trained")
+        rows, ("", begun, "trained")
     )
 
 
@@ -144,7 +149,9 @@ def _evaluations(request: Request, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _active_experts(request: Request, written: Written) -> list[str]:
-    if not request.run.spec.expert_layout.num_experts:
+    # To whoever loads it, groups of channels are the blocks of a dense model.
+    grouped = any(isinstance(layer, GroupedLayer) for layer in request.run.outline.layers)
+    if grouped or not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
     if request.run.config.adapters.moe is not None:

@@ -41,6 +41,7 @@ from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
+from fedmoe_ds.federation.privacy_account import check_at_hand
 from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.schedule import participants_per_round, wave_slots
@@ -165,6 +166,7 @@ def load_parts(
     before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
     config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    runtime.run_on_all_ranks(lambda: check_at_hand(config.privacy))
     devices = runtime.run_on_all_ranks(lambda: read_sources(config.devices))
     start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)

@@ -11,9 +11,9 @@ from fedmoe_ds.methods import Method
 
 
 def check_pre_gate(config: Config, method: Method, model: Any) -> None:
-    """Raise UserError where method, configuration and model do not go together; the method has seen the model's facts."""
+    """Raise UserError where method, configuration and model, by its transformers configuration, do not go together."""
     name, local = config.method.name, config.local
-    if PreGateShape.of(model.config) is None:
+    if PreGateShape.of(model) is None:
         if method.pre_gated:
             raise UserError(
                 f"method.name: {name}: it teaches a router that runs before the layers, and this foundation's are in its "

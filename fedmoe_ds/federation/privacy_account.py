@@ -11,8 +11,10 @@ from functools import cache
 from typing import Any
 
 from fedmoe_ds.config import Config
+from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.methods.private import key_digest
 
 ORDERS = (1.25, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 """Of Renyi divergences. The bound holds with any of them; more would be slower and hardly tighter."""
@@ -59,6 +61,13 @@ def _library() -> tuple[Any, Any]:
             "privacy.clip: its account needs the package dp-accounting; run `pip install 'fedmoe-ds[privacy]'`"
         ) from None
     return dp_accounting, rdp
+
+
+def check_at_hand(privacy: PrivacyConfig) -> None:
+    """Raise UserError where this machine lacks the library of the account, or the secret that noise follows from."""
+    if privacy.clip is not None and privacy.noise_multiplier > 0:
+        _library()
+    key_digest(privacy)
 
 
 def check_budget(config: Config, clients: int) -> None:

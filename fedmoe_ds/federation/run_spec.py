@@ -146,6 +146,8 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     config = with_defaults(config, method)
     # After the method's own defaults: what is checked is what will run.
     check_plan(config, is_bitwise(config, device))
+    if (planned := planned_config(config.foundation)) is not None:
+        check_pre_gate(config, method, planned)
     check_devices(config, method)
     return config, method
 
@@ -171,7 +173,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     size = model_size(model.model, model.layers, model.expansion)
     method.facts = facts_of(config, expert_layout, size, model)
     method.check(method.facts)
-    check_pre_gate(config, method, model.model)
+    check_pre_gate(config, method, model.model.config)
     further, scored = len(method.facts.expanded), has_scores(config.data.form)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth, further)
     tiers = resolve_tiers(config.federation, full, method.spends)

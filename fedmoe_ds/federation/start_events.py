@@ -76,14 +76,17 @@ def _expert_products(parts: Parts, dtype: torch.dtype) -> str:
 
 
 def _trained(parts: Parts) -> str:
-    """What plain LoRA trains: a user who named a dense model alone is told what was chosen."""
+    """What is trained without experts: a user who named a dense model alone is told what was chosen."""
     config, same = parts.config, parts.spec.method.without_experts
+    adapters = config.adapters
     if parts.spec.expert_layout.num_experts:
         return ""
     if (asked := config.foundation.expand) is not None:
         return f"; {asked.blocks} further layers, trained whole"
     equal = f", where {config.method.name} is {same}" if same else ""
-    return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
+    found = [f"LoRA of rank {adapters.rank} on {', '.join(adapters.projections)}"] if adapters.projections else []
+    found += ["the whole head"] if adapters.head == "train" else []
+    return f"; {' and '.join(found)} (no experts{equal})"
 
 
 def _devices(parts: Parts) -> str:

@@ -36,6 +36,7 @@ class Source:
         merged: keys of frozen weights that products have moved into (FLoRA), `<key of the pair>.base`; `read_merged` reads one.
         foundation, dtype: fingerprint and storage type of the model they were trained on; None where nothing tells.
         moe: the section of adapter experts (`adapters.moe`), without keys at their defaults; empty where there is none.
+        expand: the section of further layers (`foundation.expand`), whose number says where they are; None: none are known.
         left: blocks that each client keeps for itself, which nobody else can start from.
         closed: these could not be looked at: they are another user's, or damaged.
     """
@@ -51,6 +52,7 @@ class Source:
     foundation: str | None = None
     dtype: str | None = None
     moe: Mapping[str, Any] = field(default_factory=dict)
+    expand: Any = None
     left: tuple[str, ...] = ()
     closed: bool = False
 
@@ -151,6 +153,7 @@ def _checkpoint(folder: Path) -> Source:
         foundation=snapshot.identity.get("foundation"),
         dtype=snapshot.identity.get("foundation.dtype"),
         moe=moe if isinstance(moe := adapters.get("moe"), dict) else {},
+        expand=snapshot.identity.get("foundation.expand"),
         # Control and dual variables are a means of training, and no part of a model.
         left=tuple(name for name in own or () if ".control" not in name),
         closed=own is None,

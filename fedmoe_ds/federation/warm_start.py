@@ -112,7 +112,12 @@ def _refused(spec: RunSpec, why: str) -> UserError:
 
 
 def _check_places(source: Source, spec: RunSpec) -> None:
-    """Every tensor of the source has a place in this run."""
+    """Every tensor of the source has a place in this run, and it is the same one."""
+    here, there = spec.config.foundation.expand, source.expand
+    # Layer 3 of two further ones and of six stand after other layers of the model: no key or shape tells.
+    if here is not None and there not in (None, here.model_dump()):
+        why = f"its further layers are at other places (foundation.expand: {inline_yaml(there)})"
+        raise _refused(spec, f"{source.title}: {why}; use as many blocks")
     ours, places = {block.name for block in spec.blocks}, frozenset(_keys(spec.blocks, spec))
     lost = sorted({block_of(key) for key in source.keys} - ours)
     if lost:

@@ -23,6 +23,7 @@ from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.channel_grouping import grouped
+from fedmoe_ds.foundation.channel_groups import KEY
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
 from fedmoe_ds.foundation.expansion import Expansion
@@ -113,7 +114,11 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).family not in DENSE
     folder = expanded(config.path, "foundation.path")
-    return read_config(folder).model_type not in DENSE if is_there(folder / CONFIG_FILE, Path.is_file) else None
+    if not is_there(folder / CONFIG_FILE, Path.is_file):
+        return None
+    found = read_config(folder)
+    # A dense family's folder may say that the channels of its blocks are grouped.
+    return found.model_type not in DENSE or getattr(found, KEY, None) is not None
 
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2MoeConfig
 
 from fedmoe_ds.config.foundation_section import ConvertConfig
-from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import conversion
+from fedmoe_ds.foundation import conversion, file_sums
 from fedmoe_ds.foundation.builtin.loop import isolated
 from fedmoe_ds.foundation.domain_channels import DomainChannels, choose, width
 from fedmoe_ds.foundation.domains import BATCH, activations, domain_texts, domains_told, mean_activations, sequences
@@ -35,6 +35,7 @@ from fedmoe_ds.foundation.meta_model import CONFIG_FILE, read_config
 from fedmoe_ds.foundation.pre_gate import NAME, PreGateShape, logits, overlaps, router_loss
 from fedmoe_ds.foundation.weight_files import WEIGHTS_FILE
 from fedmoe_ds.randomness import generator, torch_generator
+from fedmoe_ds.storage import cache
 
 _SAME = [
     "vocab_size",
@@ -88,7 +89,8 @@ def convert_read_me(source: Path, convert: ConvertConfig, seed: int, root: Path,
     config = converted_config(read_config(source), convert)
     names, told = domains_told(convert.experts)
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".json", ".model") and path.is_file())
-    sums = {path.name: file_sha256(path) for path in files}
+    place = cache.place(root, file_sums.KIND)
+    sums = {path.name: file_sums.file_sum(path, place) for path in files}
     key = {"convert": convert.model_dump(), "source": sums, "text": told, "seed": seed}
     shared, own = config.shared_expert_intermediate_size, config.moe_intermediate_size
     said = (

@@ -12,6 +12,7 @@ from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import feed_forward_sites, vocabulary
 from fedmoe_ds.foundation.expansion import Expansion
 from fedmoe_ds.foundation.layer_shape import LayerShape, layer_shape
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ModelSize:
     Of a dense model, `layers` counts feed-forward blocks, `ffn` is their width, and there are no experts. `vocabulary` is the
     number of rows of the input embedding, 0 for an image classifier, which has none; `tied` says that the output matrix is the
     same. `depth` counts all layers, those without experts too, and `layer` is what one of them is beside its experts. Of the
-    dense parameters, `owned` are those of further layers, which the frozen model has no memory for.
+    dense parameters, `owned` are those of further layers, which the frozen model has no memory for. `pre_gate_bytes` is what a
+    router before the layers holds, with the dense projections that its targets are read from: no parameters of the model.
     """
 
     dense_parameters: int
@@ -37,6 +39,7 @@ class ModelSize:
     layer: LayerShape
     tied: bool = False
     owned: int = 0
+    pre_gate_bytes: int = 0
 
     @property
     def head_and_body(self) -> int:
@@ -54,7 +57,7 @@ def model_size(model: Any, layers: list[HostedLayer], expansion: Expansion | Non
         return _dense_size(model, expansion)
     held = sum(layer.w13.numel() + layer.w2.numel() for layer in layers)
     total = sum(parameter.numel() for parameter in _parameters(model))
-    first = layers[0]
+    first, gate = layers[0], pre_gate_of(model)
     return ModelSize(
         dense_parameters=total - held,
         # Every rank holds the same number of experts: hosting refuses any other split.
@@ -69,6 +72,7 @@ def model_size(model: Any, layers: list[HostedLayer], expansion: Expansion | Non
         depth=model.config.num_hidden_layers,
         layer=layer_shape(model, layers),
         tied=vocabulary(model.config) > 0 and model.config.tie_word_embeddings,
+        pre_gate_bytes=0 if gate is None else sum(buffer.nbytes for buffer in gate.buffers()),
     )
 
 

@@ -48,7 +48,7 @@ def estimate(
     sum_bytes, weighing = 16 if spec.bitwise else 4, spec.method.weighing
     keyed = sum(map(math.prod, spec.method.statistics().values()))
     return {
-        "dense part": (model.dense_parameters - model.owned) * model.bytes_per_parameter,
+        "dense part": (model.dense_parameters - model.owned) * model.bytes_per_parameter + model.pre_gate_bytes,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
         # Values and gradients.

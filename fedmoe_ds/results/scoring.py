@@ -19,6 +19,7 @@ from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Evaluator, ReadPart, Score
 from fedmoe_ds.federation.schedule import participants_per_round
+from fedmoe_ds.federation.server_training import epochs_of
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.report.history import History
 from fedmoe_ds.results.loaded_model import LoadedModel
@@ -96,6 +97,8 @@ def score_run(run: TrainedRun, config: Config, given: bool, request: Request, no
     started_from = History.of([event for event in run.events if event["event"] == "run"]).started_from
     if request.before and started_from is not None:
         note(f"--before: round 0 is the foundation here; in the run's own record it is what that started from, {started_from}")
+    if request.before and epochs_of(config, 0):
+        note("--before: round 0 is the foundation here; in the run's own record it comes after the server's warm-up")
     loaded = LoadedModel.of_run(run, config, before=request.before)
     data = _given(loaded, request, note) if given else _own(run, loaded, note)
     return _scores(loaded, data, tier, request, {"checkpoint": run.checkpoint.name, "method": run.config.method.name})

@@ -1,9 +1,9 @@
 """Spurious colour: digits in an ink that agrees with their label for many images of every client, and for few of the hold-out.
 
 An environment is a probability of agreement: client i is of environment i modulo how many there are, and has the same in its
-own hold-out; the global hold-out is an environment of its own, where the colour misleads. What predicts the label in all of
-them is the shape. As in coloured MNIST (Arjovsky et al., arXiv 1907.02893), but for the noise on labels, which a form cannot
-change.
+own hold-out; the public split is of the first one. The global hold-out is an environment of its own, where the colour
+misleads. What predicts the label in all of them is the shape. As in coloured MNIST (Arjovsky et al., arXiv 1907.02893), but for
+the noise on labels, which a form cannot change.
 
 Legend: N images, K colours, C = 3 channels.
 """
