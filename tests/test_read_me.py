@@ -105,7 +105,7 @@ def test_the_converted_model_is_the_dense_one_with_the_masks_of_its_route(root: 
     assert len(route_T.unique()) > 1 and torch.equal(counts[0], counts[1]), "one decision for all layers"
     assert counts[0].sum() == len(route_T)
     masks_LTF = kept(root, route_T)
-    assert every(masks_LTF.flatten(0, 1).sum(-1).tolist() == [PERMANENT + OWN] * 2 * len(route_T) for _ in "1")
+    assert masks_LTF.flatten(0, 1).sum(-1).tolist() == [PERMANENT + OWN] * 2 * len(route_T)
     assert set(masks_LTF.unique().tolist()) == {0.0, 1.0}, "permanent channels and those of experts are disjoint"
     theirs = dense_logits(root, ids_BS, masks_LTF)
     assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
