@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from fedmoe_ds.federation import privacy_account
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.identity import of_settings
 from fedmoe_ds.federation.privacy_account import account, check_budget, epsilon, spent_by
-from fedmoe_ds.methods import RoundContext, method_for
+from fedmoe_ds.methods import Method, MethodParams, RoundContext, method_for
 from fedmoe_ds.methods.private import change_norm, key_digest, secret
+from fedmoe_ds.methods.private import private as laid_over
 from fedmoe_ds.methods.registry import method_names
 
 Change = dict[str, NDArray[np.float64]]
@@ -159,6 +161,17 @@ def test_who_can_be_private(root: Path, name: str) -> None:
         return
     with pytest.raises(UserError, match=rf"^privacy\.clip: 1\.0: method {name} cannot be private: .+; use fedit, "):
         method_for(config)
+
+
+def test_a_rate_by_who_takes_part_is_refused(root: Path) -> None:
+    class Rated(Method):
+        def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
+            return 1.0 / sum(client.samples for client in participants)
+
+    with pytest.raises(
+        UserError, match=r"^privacy\.clip: 1\.0: method fedit cannot be private: its server's rate follows from"
+    ):
+        laid_over(Rated(MethodParams()), private(root, "rated", clip=1.0))
 
 
 @pytest.mark.parametrize(
