@@ -205,6 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "drift": ({"local": {"drift": "fedprox"}}, "local.drift: fedprox: "),
     "server": ({"server": {"lr": 0.5}}, "server.lr: 0.5: the model of method fl-games"),
     "adaptive": ({"server": {"optimizer": "fedadam"}}, "server.optimizer: fedadam: the model"),
+    "training": ({"server": {"training": {}}, "data": {"public": 0.2}}, "server.training: the model of method fl-games"),
     "devices": ({"devices": {"mix": {"laptop": 1.0}}}, "devices: some of them may be off"),
     "idle": ({"method": {"play": "sequential", "buffer": 2}}, "method.buffer: 2: has no effect with method.play=sequential"),
     "unread": ({"method": {"smooth": "terms"}}, "method.smooth: terms: has no effect with method.buffer=0"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import privacy_account
+from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.identity import of_settings
 from fedmoe_ds.federation.privacy_account import account, check_at_hand, check_budget, epsilon, spent_by
-from fedmoe_ds.methods import RoundContext, method_for
+from fedmoe_ds.methods import Method, MethodParams, RoundContext, method_for
 from fedmoe_ds.methods.private import change_norm, key_digest, secret
+from fedmoe_ds.methods.private import private as laid_over
 from fedmoe_ds.methods.registry import method_names
 
 Change = dict[str, NDArray[np.float64]]
@@ -40,7 +44,7 @@ QUICK: dict[str, Any] = {
     "evaluation": {"max_sequences": 2, "client_sequences": 0},
 }
 WHOLE: dict[str, Any] = {"execution": {"micro_batch_size": None}}
-PRIVATE = {"fedit", "ffa-lora", "fedsa-lora", "embracing-fl", "fft-moe"}
+PRIVATE = {"fedit", "ffa-lora", "fedsa-lora", "embracing-fl", "fft-moe", "mor"}
 """The methods whose mean is a plain one, of what clients send and nothing else."""
 
 
@@ -106,20 +110,33 @@ def test_a_round_is_the_mean_of_clipped_changes(root: Path) -> None:
         assert np.allclose(value, mean, rtol=0, atol=1e-7), key
 
 
+def draws(parts: Parts, participation: float) -> list[list[int]]:
+    """Who would take part in twenty rounds of so many."""
+    federation = parts.config.federation.model_copy(update={"participation": participation})
+    spec = replace(parts.spec, config=parts.config.model_copy(update={"federation": federation}))
+    return [[client.index for client in spec.drawn_among(parts.clients, round_index)] for round_index in range(1, 21)]
+
+
 def test_noise_is_gaussian_by_key_and_name(root: Path, tmp_path: Path) -> None:
     keys = {name: tmp_path / name for name in ("first", "second")}
     for number, path in enumerate(keys.values()):
         path.write_bytes(bytes([number]) * 32)
     clip, multiplier = 0.5, 2.0
-    still = run_alone(private(root, "still", clip=clip, noise_multiplier=0.0))
+    # Of everybody: who is drawn follows from the key as well.
+    all_ = {"federation": {"participation": 1.0}}
+    still = run_alone(private(root, "still", all_, clip=clip, noise_multiplier=0.0))
     noise: dict[str, NDArray[np.float64]] = {}
+    drawn: dict[str, list[list[int]]] = {}
     parts: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for name, file in (("seed", None), *((name, str(path)) for name, path in keys.items())):
-        noisy = run_alone(private(root, f"noisy-{name}", clip=clip, noise_multiplier=multiplier, key_file=file))
+        noisy = run_alone(private(root, f"noisy-{name}", all_, clip=clip, noise_multiplier=multiplier, key_file=file))
+        drawn[name] = draws(noisy.parts, 0.5)
         for key, value in noisy.adapters.items():
             parts[name].append((value.astype(np.float64) - still.adapters[key]).ravel())
         noise[name] = np.concatenate(parts[name])
-    deviation = multiplier * clip / round(0.8 * len(still.parts.clients))
+    # The account holds against those alone who cannot compute who took part.
+    assert drawn["seed"] == draws(still.parts, 0.5) and drawn["first"] != drawn["second"] != drawn["seed"] != drawn["first"]
+    deviation = multiplier * clip / len(still.parts.clients)
     for values in noise.values():
         assert kstest(values / deviation, norm.cdf).pvalue > 1e-3
     # Two keys, and two tensors of one shape, have nothing in common.
@@ -134,12 +151,27 @@ def test_who_can_be_private(root: Path, name: str) -> None:
     change: dict[str, Any] = {"adapters": {"router": "train"}, "method": {"name": name}}
     if name == "fft-moe":
         change = {"adapters": {"attention": [], "moe": {"experts": 4, "top_k": 2}}, "method": {"name": name}}
+    if name == "mor":
+        # Samples of text have no score, which the balance by degradation asks for.
+        moe = {"experts": 4, "top_k": 2, "width": 1, "linear": True}
+        change = {"adapters": {"attention": [], "moe": moe}, "method": {"name": name, "balance": "switch"}}
     config = make_config(root, "any", QUICK, WHOLE, change, {"privacy": {"clip": 1.0}})
     if name in PRIVATE:
         assert type(method_for(config)).__name__.startswith("Private")
         return
     with pytest.raises(UserError, match=rf"^privacy\.clip: 1\.0: method {name} cannot be private: .+; use fedit, "):
         method_for(config)
+
+
+def test_a_rate_by_who_takes_part_is_refused(root: Path) -> None:
+    class Rated(Method):
+        def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
+            return 1.0 / sum(client.samples for client in participants)
+
+    with pytest.raises(
+        UserError, match=r"^privacy\.clip: 1\.0: method fedit cannot be private: its server's rate follows from"
+    ):
+        laid_over(Rated(MethodParams()), private(root, "rated", clip=1.0))
 
 
 @pytest.mark.parametrize(

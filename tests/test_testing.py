@@ -56,6 +56,11 @@ class Collects(Named):
     collects = True
 
 
+class Teaches(Named):
+    def teaches(self) -> bool:
+        return True
+
+
 class Observes(Named):
     observes = ("counts",)
 
@@ -135,6 +140,7 @@ FUNCTIONS: list[tuple[Any, str]] = [
     (Collects, r"^Collects\.combine: is called where collects = True"),
     (Absorbs, r"^Absorbs\.absorbs: `combine` moves products into the frozen weights; set collects = True"),
     (ChoosesRank, r"^ChoosesRank\.chooses_rank: of products that move into the frozen weights; set absorbs = True"),
+    (Teaches, r"^Teaches\.teaches: an objective asks the received model; override `objective`"),
     (Observes, r"^Observes\.observes: \('counts',\): an observer returns these"),
     (Accounts, r"^Accounts\.accounts: its plans say what clients spend; override `plan`$"),
     (Tallies, r"^Tallies\.weighing: Weighing\(.*\): asks for `tally`; override it$"),

@@ -20,7 +20,7 @@ class PrivacyConfig(Section):
     key_file: str | None = Field(
         None,
         min_length=1,
-        description="file of 32 or more secret bytes that noise is drawn by; null: by `seed`",
+        description="file of 32 or more secret bytes that noise and participants are drawn by; null: by `seed`",
     )
 
     @model_validator(mode="after")

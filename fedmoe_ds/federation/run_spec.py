@@ -35,6 +35,7 @@ from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
+from fedmoe_ds.methods.private import drawn_by
 from fedmoe_ds.methods.requirements import check_needs, refuse_zero_experts
 from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
@@ -100,7 +101,9 @@ class RunSpec:
         if (buffer := buffered(self.config, len(clients))) is not None:
             # As many as arrive; who they are the virtual clock knows.
             return [clients[place] for place in draw(clients, buffer, seed, (round_index,), federation.sampling)]
-        return participants(clients, federation.participation, seed, round_index, federation.sampling)
+        # An account of sampled clients holds against those alone who cannot know who was drawn.
+        hidden = drawn_by(self.method)
+        return participants(clients, federation.participation, seed, round_index, federation.sampling, hidden)
 
     def participants_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """Who trains in a round: the clients that are drawn, or the one that has the data of all."""

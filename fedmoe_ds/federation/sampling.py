@@ -24,25 +24,27 @@ def buffered(config: Config, clients: int) -> int | None:
 
 
 def participants(
-    clients: Sequence[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
+    clients: Sequence[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform", secret: str = ""
 ) -> list[Client]:
     """The clients of a round in canonical order: an addressed draw without replacement, at least one.
 
     Args:
         sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are:
             with `size` and weights by data size a client's samples count twice, in the draw and in the mean.
+        secret: what the draw is addressed by as well; nothing where the seed alone decides.
     """
     # A count and not one coin per client: the schedule and the planner rely on its size.
     count = participant_count(len(clients), participation)
     # Canonical order: a client's place here is its place among the collected factors.
-    return [clients[i] for i in draw(clients, count, seed, (round_index,), sampling)]
+    address = (secret, round_index) if secret else (round_index,)
+    return [clients[i] for i in draw(clients, count, seed, address, sampling)]
 
 
 def draw(
     clients: Sequence[Client],
     count: int,
     seed: int,
-    address: tuple[int, ...],
+    address: tuple[int | str, ...],
     sampling: str = "uniform",
     among: Sequence[int] | None = None,
 ) -> list[int]:

@@ -25,6 +25,8 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield f"observes: {method.observes}: an observer returns these; override `observer`"
     if method.overrides("sums") and not method.overrides("objective"):
         yield "sums: an objective sums these up; override `objective`"
+    if method.overrides("teaches") and not method.overrides("objective"):
+        yield "teaches: an objective asks the received model; override `objective`"
     yield from _of_statistics(method)
     if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"

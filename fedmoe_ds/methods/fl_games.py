@@ -131,6 +131,11 @@ class FLGames(Method):
                 f"server.{told}: the model of method fl-games is the mean of all heads, to which no other step leads; "
                 "use server.optimizer=fedavg and server.lr=1"
             )
+        if server.training is not None:
+            raise UserError(
+                "server.training: the model of method fl-games is the mean of all heads, which the server would lead away from "
+                "them; drop the section, and data.public"
+            )
 
     # Before and during local training
 

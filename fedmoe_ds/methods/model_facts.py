@@ -9,9 +9,10 @@ from fedmoe_ds.config import LocalConfig
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all, and `expanded`
-    are further layers, which clients train whole (`foundation.expand`).
+    """What a method may ask about the model and the run.
 
+    `layers` are those with experts, `depth` counts all, and `expanded` are further layers, which clients train whole
+    (`foundation.expand`).
     The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
     has most to train on, `clients` all there are, `participants` those that a round draws; 1 until the data are known.
     `labelled`: whether clients know the labels of what they train on.

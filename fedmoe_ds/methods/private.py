@@ -9,9 +9,10 @@ the paper tosses a coin for each, so that the size of a round is known:
     x <- x + (1 / n) sum_i Delta_i + N(0, (z C / n)^2)  per element
 
 n is the number of clients that a round draws, whoever of them comes back: a denominator that depended on data would tell of
-them. All clients weigh the same, however much data they have. The noise follows from a secret (`privacy.key_file`) or the seed,
-the round, and a tensor's own name, with layer and global expert, so no bit depends on the topology. The server is trusted: it
-sees the updates. What the noise protects is the adapters; the record of the run is about clients by name.
+them. All clients weigh the same, however much data they have. The noise follows from the seed, a secret (`privacy.key_file`),
+the round, and a tensor's own name, with layer and global expert, so no bit depends on the topology. Who is drawn follows from
+seed, secret and round, as the account is that of clients of whom nobody can know whether they took part. The server is trusted:
+it sees the updates. What the noise protects is the adapters; the record of the run is about clients by name.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _TELLS = {
     "renew": "the server makes something of how clients' tokens are routed",
     "plan": "its rounds are planned by what clients have told, or have data",
     "after_mean": "it changes the mean by a rule of its own",
+    "server_rate": "its server's rate follows from who takes part",
 }
 """What a method may override that noise on a sum of changes does not cover."""
 
@@ -85,14 +87,14 @@ class Private(Method):
             return None
 
         def noisy(key: str, mean: Tensor) -> Tensor:
-            draw = generator(self.facts.seed, "privacy", self._secret, context.round, key)
+            draw = generator(self.facts.seed, "privacy", self.secret, context.round, key)
             noise = torch.from_numpy(draw.standard_normal(tuple(mean.shape)))
             return (mean.double() + deviation * noise.to(mean.device)).float()
 
         return noisy
 
     @cached_property
-    def _secret(self) -> str:
+    def secret(self) -> str:
         """What draws are addressed by; nothing where there is no file. Read when it is needed: whoever only opens a finished
         run need not have it."""
         return "" if self.privacy.key_file is None else secret(self.privacy.key_file).hex()
@@ -125,6 +127,11 @@ def private(method: Method, config: Config) -> Method:
         raise UserError(f"{where}: on simulated devices availability decides who takes part; drop devices, or privacy")
     kind = type(method)
     return type(f"Private{kind.__name__}", (Private, kind), {"privacy": privacy})(method.params)  # type: ignore[no-any-return]
+
+
+def drawn_by(method: Method) -> str:
+    """The secret that a run's participants are drawn by; nothing where the seed alone decides."""
+    return method.secret if isinstance(method, Private) else ""
 
 
 def change_norm(update: ClientUpdate) -> float | None:

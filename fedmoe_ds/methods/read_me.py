@@ -13,11 +13,11 @@ with s_tle how many of the largest channels of token t in layer l expert e has; 
 steps, up to five times, each turn at 0.8 of the rate. With weight one, experts give the router no gradient, nor it them.
 
 COMPLETION: the federation. The paper trains in one place. Rounds take turns: every `router_every`-th trains the router, the
-others the experts (LoRA or whole), and attention where it has adapters; the router's first turn is the converter's
-(`foundation.convert.router_steps`), so round 1 is the experts'. An expert is averaged by the rows that clients sent to it, and
-one that nobody used keeps its value; the router and attention by data size. s is counted in the dense model's input
-projections, on what reaches a layer of the sparse one: clients hold these projections in router turns. `local.rounds_schedule`
-can lower the rate from turn to turn.
+others the experts (LoRA or whole), and attention and the head where they are trained; the router's first turn is the
+converter's (`foundation.convert.router_steps`), so round 1 is the experts'. An expert is averaged by the rows that clients sent
+to it, and one that nobody used keeps its value; the rest by data size. s is counted in the dense model's input projections, on
+what reaches a layer of the sparse one: clients hold these projections in router turns. `local.rounds_schedule` can lower the
+rate from turn to turn.
 
 Limits. Permanent channels are frozen, as all of the model but experts and what has LoRA; the paper trains the backbone. One
 expert per token, as in the code (a public note of the paper says two of eight). A router turn runs the model's backward pass
@@ -84,8 +84,8 @@ class ReadME(Method):
         assignment = super().assign(client, context)
         if not self._router_turn(context.round):
             return replace(assignment, trains_common=False)
-        # The router is of no layer, and nothing else is of none.
-        return replace(assignment, trained_N=np.zeros(self.facts.depth, dtype=bool))
+        # The router is of no layer, and beside a head that is trained nothing else is of none.
+        return replace(assignment, trained_N=np.zeros(self.facts.depth, dtype=bool), trains_head=False)
 
     def _router_turn(self, round_index: int) -> bool:
         every = self.params.router_every

@@ -14,6 +14,7 @@ from fedmoe_ds.aggregation import averaged_statistics
 from fedmoe_ds.clients import assignment
 from fedmoe_ds.config.type_names import type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
+from fedmoe_ds.foundation import expansion
 from fedmoe_ds.methods import round_plan
 from fedmoe_ds.methods.base import Method
 from fedmoe_ds.methods.registry import GROUP
@@ -60,7 +61,8 @@ A combination without a meaning is refused in one line before anything is loaded
 * `raffm` without `foundation.convert`, and what needs a router on groups of channels; `fedbe` without `foundation.expand`
 * `read-me` where routers are in the layers, and where one runs before them every other method with a trained router, an
   auxiliary loss of it or a bias on it
-* `fl-games` with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides
+* `fl-games` with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides; `bmsfed`
+  with simulated devices and sampling other than `uniform`, where it chooses
 * hidden labels with every method but `fedmox`
 * `local.balance_loss` with `fed-moe`, `flex-moe`, `split-mix`, `shefl` and `bmsfed`
 * micro-batches with `hfedmoe`, `bmsfed`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or
@@ -86,8 +88,9 @@ first round `prism` takes each of its samples through the model alone, forward a
 With `server.training` the server trains the global adapters on the public split (`data.public`) after every round's step,
 whatever the method, and with `warm_up` before the first: cross-entropy, clients' settings (`local`), a rate and epochs of its
 own. Refused where clients have parts of their own (`fedsa-lora`, `flex-moe`, `flame`'s rescaler), no model in common
-(`local-only`, `split-mix`, `shefl`) or pooled data. Its loss is in the record. `server.lr: 0` leaves it alone with the
-adapters. FedMox's soft mixture with share alpha of the old model is `server.lr: 1 - alpha`.
+(`local-only`, `split-mix`, `shefl`, `bmsfed`), one that is the mean of theirs (`fl-games`) or pooled data. Its loss is in the
+record. `server.lr: 0` leaves it alone with the adapters. FedMox's soft mixture with share alpha of the old model is
+`server.lr: 1 - alpha`.
 """
 _ADDING = '''\
 ## Adding a method
@@ -230,7 +233,7 @@ def _exports() -> str:
 def _aliases() -> dict[str, str]:
     """What is written below types and values that have a name of their own: at run time they are called what they stand for."""
     found = {}
-    for module in (assignment, averaged_statistics, objective, round_plan):
+    for module in (assignment, averaged_statistics, expansion, objective, round_plan):
         for node, below in itertools.pairwise(ast.parse(inspect.getsource(module)).body):
             told = below.value if isinstance(below, ast.Expr) else None
             if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(told, ast.Constant):
