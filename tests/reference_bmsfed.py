@@ -105,7 +105,7 @@ class BMSFedReference(DenseReference):
         """The running modality's own expert, and no other."""
         run = self.running
         assert run is not None
-        return torch.stack([self._expert(x_D, run.adapters, f"layers.{layer}.experts.{self.modality}") for x_D in x_TD])
+        return torch.stack([self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{self.modality}") for x_D in x_TD])
 
     def seen(self, sample: Image, modality: int) -> tuple[Tensor, Tensor]:
         """Logits and feature of one view of a sample."""

@@ -56,7 +56,7 @@ class EnsembleReference(DenseReference):
         """The running base model's own expert, and no other."""
         run = self.running
         assert run is not None
-        return torch.stack([self._expert(x_D, run.adapters, f"layers.{layer}.experts.{self.base}") for x_D in x_TD])
+        return torch.stack([self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{self.base}") for x_D in x_TD])
 
     def round_of(self, tasks: Sequence[Task], bases: dict[int, list[int]]) -> None:
         """All clients from the same global values; a base model moves by the mean of what its clients send."""

@@ -54,7 +54,7 @@ class FedMox(DenseReference):
                 self.margin = min(self.margin, float((z_M[first] - z_M[others[0]]).detach()))
             run.used[layer, first] += 1
             p = z_M.exp()[first] / z_M.exp().sum()
-            y_TD.append(p / p.detach() * self._expert(x_D, run.adapters, f"layers.{layer}.experts.{first}"))
+            y_TD.append(p / p.detach() * self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{first}"))
         return torch.stack(y_TD)
 
     def loss(self, sample: Sample) -> Tensor:
