@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from reference_dense import HALVES, Adapters, DenseReference, Image, Running, Task
+from reference_dense import Adapters, DenseReference, Image, Running, Task
 from torch import Tensor
 
 from fedmoe_ds.randomness import generator
@@ -105,8 +105,7 @@ class BMSFedReference(DenseReference):
         """The running modality's own expert, and no other."""
         run = self.running
         assert run is not None
-        halves = [run.adapters[f"layers.{layer}.experts.{self.modality}.{name}.weight"] for name in HALVES]
-        return torch.stack([self._expert(x_D, *halves) for x_D in x_TD])
+        return torch.stack([self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{self.modality}") for x_D in x_TD])
 
     def seen(self, sample: Image, modality: int) -> tuple[Tensor, Tensor]:
         """Logits and feature of one view of a sample."""

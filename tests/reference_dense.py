@@ -129,7 +129,7 @@ class DenseReference:
                     continue
                 run.used[layer, m] += 1
                 key = f"layers.{layer}.experts.{m}"
-                y_D = y_D + z_M[m].exp() / total * self._expert(x_D, *(run.adapters[f"{key}.{name}.weight"] for name in HALVES))
+                y_D = y_D + z_M[m].exp() / total * self._expert_at(x_D, run.adapters, key)
             for n in range(told.shared):
                 y_D = y_D + self._expert(x_D, *_own_rows(layer, n, run.adapters, told.shared))
             y_TD.append(y_D)
@@ -144,6 +144,9 @@ class DenseReference:
         if f"layers.{layer}.router_score.weight" in run.adapters:
             z_M = z_M + run.adapters[f"layers.{layer}.router_score.weight"][:, 0] * run.score
         return z_M.expand(len(x_TD), -1)
+
+    def _expert_at(self, x_D: Tensor, adapters: dict[str, Tensor], key: str) -> Tensor:
+        return self._expert(x_D, *(adapters[f"{key}.{name}.weight"] for name in HALVES))
 
     def _expert(self, x_D: Tensor, inner_HD: Tensor, outer_DH: Tensor) -> Tensor:
         h_H = inner_HD @ x_D

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from reference import Trained
-from reference_dense import HALVES, Adapters, DenseReference, Running, Sample, Task
+from reference_dense import Adapters, DenseReference, Running, Sample, Task
 from reference_methods import FedIT, Returned
 from torch import Tensor
 
@@ -56,8 +56,7 @@ class EnsembleReference(DenseReference):
         """The running base model's own expert, and no other."""
         run = self.running
         assert run is not None
-        halves = [run.adapters[f"layers.{layer}.experts.{self.base}.{name}.weight"] for name in HALVES]
-        return torch.stack([self._expert(x_D, *halves) for x_D in x_TD])
+        return torch.stack([self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{self.base}") for x_D in x_TD])
 
     def round_of(self, tasks: Sequence[Task], bases: dict[int, list[int]]) -> None:
         """All clients from the same global values; a base model moves by the mean of what its clients send."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from reference_dense import HALVES, Adapters, DenseReference, Image, Running, Sample, Task
+from reference_dense import Adapters, DenseReference, Image, Running, Sample, Task
 from torch import Tensor
 
 
@@ -54,8 +54,7 @@ class FedMox(DenseReference):
                 self.margin = min(self.margin, float((z_M[first] - z_M[others[0]]).detach()))
             run.used[layer, first] += 1
             p = z_M.exp()[first] / z_M.exp().sum()
-            halves = [run.adapters[f"layers.{layer}.experts.{first}.{name}.weight"] for name in HALVES]
-            y_TD.append(p / p.detach() * self._expert(x_D, *halves))
+            y_TD.append(p / p.detach() * self._expert_at(x_D, run.adapters, f"layers.{layer}.experts.{first}"))
         return torch.stack(y_TD)
 
     def loss(self, sample: Sample) -> Tensor:

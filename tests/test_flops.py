@@ -116,7 +116,7 @@ def test_plain_lora_on_dense_models(root: Path) -> None:
 class Pooled(DenseReference):
     """Experts as products of matrices, which the counter sees, and not of vectors."""
 
-    def _expert(self, x_D: Tensor, adapters: Any, key: str) -> Tensor:
+    def _expert_at(self, x_D: Tensor, adapters: Any, key: str) -> Tensor:
         h_1H = x_D[None] @ adapters[f"{key}.inner.weight"].T
         outer_DH: Tensor = adapters[f"{key}.outer.weight"]
         return (torch.nn.functional.gelu(h_1H) @ outer_DH.T)[0]
