@@ -342,6 +342,7 @@ tiers = st.fixed_dictionaries(
         "rank": st.none() | counts,
         "experts": st.none() | counts,
         "layers": st.none() | counts,
+        "blocks": st.none() | counts,
     }
 )
 values: dict[str, st.SearchStrategy[Any]] = {
