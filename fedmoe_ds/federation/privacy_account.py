@@ -65,9 +65,9 @@ def _library() -> tuple[Any, Any]:
 
 def check_at_hand(privacy: PrivacyConfig) -> None:
     """Raise UserError where this machine lacks the library of the account, or the secret that noise follows from."""
+    key_digest(privacy)
     if privacy.clip is not None and privacy.noise_multiplier > 0:
         _library()
-    key_digest(privacy)
 
 
 def check_budget(config: Config, clients: int) -> None:
