@@ -169,8 +169,7 @@ def load_parts(
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     runtime.run_on_all_ranks(lambda: check_at_hand(config.privacy))
     devices = runtime.run_on_all_ranks(lambda: read_sources(config.devices))
-    if config.privacy.key_file is not None:
-        # Here, where a host without it ends all ranks in one line.
+    if config.privacy.key_file is not None:  # a host without it ends all ranks in one line
         runtime.run_on_all_ranks(lambda: drawn_by(method))
     start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)

@@ -36,7 +36,7 @@ def participants(
     # A count and not one coin per client: the schedule and the planner rely on its size.
     count = participant_count(len(clients), participation)
     # Canonical order: a client's place here is its place among the collected factors.
-    address = (secret, round_index) if secret else (round_index,)
+    address: tuple[int | str, ...] = (secret, round_index) if secret else (round_index,)
     return [clients[i] for i in draw(clients, count, seed, address, sampling)]
 
 

@@ -95,7 +95,6 @@ class FFTMoE(Method):
                 "method.auxiliary: global: its targets are counts of all clients' tokens, which noise does not cover "
                 "(privacy.clip); use another one"
             )
-
         if self.params.auxiliary == "global" and config.adapters.moe.zero:
             raise UserError(
                 f"adapters.moe.zero: {config.adapters.moe.zero}: method.auxiliary=global has a target for experts that are "
