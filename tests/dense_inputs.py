@@ -43,8 +43,9 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, TEXT),
     "olmo2": (Olmo2Config, TEXT),
     "vit": (ViTConfig, IMAGES),
-    "vit-rgb": (ViTConfig, IMAGES | {"num_channels": 3}),
 }
+SEEING: dict[str, tuple[type[Any], dict[str, Any]]] = {"vit-rgb": (ViTConfig, IMAGES | {"num_channels": 3})}
+"""Of images in colours, which digits are in some forms alone."""
 
 TREE: dict[str, Any] = {
     "adapters": {"attention": [], "moe": {"experts": EXPERTS, "width": WIDTH, "top_k": TOP_K}},
@@ -65,7 +66,7 @@ def write_dense(root: Path, families: tuple[str, ...] = ("llama", "vit"), sample
     write_inputs(root, samples)
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     for family in families:
-        make, shape = FAMILIES[family]
+        make, shape = (FAMILIES | SEEING)[family]
         torch.manual_seed(0)
         factory: Any = AutoModelForImageClassification if family.startswith("vit") else AutoModelForCausalLM
         factory.from_config(make(**shape)).save_pretrained(root / family)

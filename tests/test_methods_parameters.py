@@ -10,7 +10,7 @@ import pytest
 import torch
 from federations import make_config
 from pydantic import ValidationError
-from test_methods_matrix import ADAPTERS, ENSEMBLES, METHODS, Case, config_of, trained, write_models
+from test_methods_matrix import ADAPTERS, ENSEMBLES, GROUPED, METHODS, Case, config_of, trained, write_models
 
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.errors import UserError
@@ -162,8 +162,12 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fedmox", {}, {"threshold": 0.5}),
     ("fedmox", {}, {"weight": 1.0}),
     ("bmsfed", {}, {"alpha": 3.0}),
-    ("bmsfed", {}, {"threshold": math.inf}),
+    ("bmsfed", {"threshold": 1.0}, {"threshold": math.inf}),
     ("bmsfed", {}, {"selection": "random"}),
+    ("fl-games", {}, {"play": "sequential"}),
+    ("fl-games", {}, {"buffer": 2}),
+    ("fl-games", {"buffer": 2}, {"smooth": "terms"}),
+    ("fl-games", {}, {"box": 0.05}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
@@ -208,7 +212,7 @@ def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
-        adapters = "beside" if name in {"fft-moe", "mor"} | ENSEMBLES else "router"
+        adapters = "beside" if name in {"fft-moe", "mor"} | ENSEMBLES else "full" if name in GROUPED else "router"
         case = case._replace(adapters=adapters)
     results = []
     rounds, slow = LONGER.get(name, (2, {}))

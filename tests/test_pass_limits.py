@@ -208,7 +208,7 @@ class Wave:
             here = [(client, counts) for client, counts in clients if client.index not in gone]
             works.append([self.work(client, counts, (home, slot), limits) for slot, (client, counts) in enumerate(here)])
         for step in range(3):
-            WaveTrainer._forward_backward(cast(WaveTrainer, self.merged), step, works, cast(Counts, None), limits)
+            WaveTrainer._each_pass(cast(WaveTrainer, self.merged), step, works, limits, cast(Any, None))
 
     def work(self, client: Client, counts: list[int], place: tuple[int, int], limits: PassLimits) -> ClientWork:
         batches = [np.arange(count) for count in counts]

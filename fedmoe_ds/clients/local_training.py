@@ -182,7 +182,7 @@ class WaveTrainer:
         self.execution.wave = in_training(works, self.shard, self.hooks, self.pool, self.bank.device)
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
-        self._each_pass(step, works, limits, partial(self._run, counts=counts))
+        self._each_pass(step, works, limits, lambda *place: self._run(*place, counts))
 
     def _each_pass(self, step: int, works: list[list[ClientWork]], limits: PassLimits, run: OnePass) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""

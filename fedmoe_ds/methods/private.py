@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,8 +125,13 @@ def private(method: Method, config: Config) -> Method:
         )
     if config.devices.simulated:
         raise UserError(f"{where}: on simulated devices availability decides who takes part; drop devices, or privacy")
-    kind = type(method)
-    return type(f"Private{kind.__name__}", (Private, kind), {"privacy": privacy})(method.params)  # type: ignore[no-any-return]
+    return _laid_over(type(method), privacy)(method.params)
+
+
+@cache
+def _laid_over(kind: type[Method], privacy: PrivacyConfig) -> type[Method]:
+    """The class of a private method; one class for equal settings, so that two objects of it are of one type."""
+    return type(f"Private{kind.__name__}", (Private, kind), {"privacy": privacy})
 
 
 def drawn_by(method: Method) -> str:

@@ -36,7 +36,7 @@ def root() -> Path:
         given = folder.name
     if os.environ.get("RANK", "0") == "0":
         Path(given).mkdir(exist_ok=True)
-        write_dense(Path(given))
+        write_dense(Path(given), ("llama", "vit", "vit-rgb"))
     return Path(given)
 
 
