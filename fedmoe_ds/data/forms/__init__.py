@@ -21,7 +21,7 @@ FORMS: dict[Kind, Form] = {
     "plain": Form(lambda dealt, config: Formed(dealt.pixels_NCHW)),
     "degraded": Form(degraded, scored=True),
     "low-resolution": Form(low_resolution),
-    "spurious-colour": Form(spurious_colour, in_colour),
+    "spurious-colour": Form(spurious_colour, in_colour, scored=True),
     "grey-and-colour": Form(grey_and_colour, two_views, views=2),
 }
 
