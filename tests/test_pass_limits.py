@@ -29,7 +29,6 @@ from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
-from fedmoe_ds.clients.update import Counts
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import make_room

@@ -58,7 +58,6 @@ from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods.client_drift import client_variables
-from fedmoe_ds.methods.private import drawn_by
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.install import initial_bank
 from fedmoe_ds.model.pass_context import Execution
@@ -169,8 +168,6 @@ def load_parts(
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     runtime.run_on_all_ranks(lambda: check_at_hand(config.privacy))
     devices = runtime.run_on_all_ranks(lambda: read_sources(config.devices))
-    if config.privacy.key_file is not None:  # a host without it ends all ranks in one line
-        runtime.run_on_all_ranks(lambda: drawn_by(method))
     start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
