@@ -182,7 +182,10 @@ class WaveTrainer:
         self.execution.wave = in_training(works, self.shard, self.hooks, self.pool, self.bank.device)
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
-        self._each_pass(step, works, limits, lambda *place: self._run(*place, counts))
+        def run(here: list[ClientWork], at: int, micro: int, slot: int | None, first: int) -> None:
+            self._run(here, at, micro, slot, first, counts)
+
+        self._each_pass(step, works, limits, run)
 
     def _each_pass(self, step: int, works: list[list[ClientWork]], limits: PassLimits, run: OnePass) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""

@@ -125,7 +125,7 @@ def private(method: Method, config: Config) -> Method:
         )
     if config.devices.simulated:
         raise UserError(f"{where}: on simulated devices availability decides who takes part; drop devices, or privacy")
-    return _laid_over(type(method), privacy)(method.params)
+    return _laid_over(type(method), privacy)(method.params)  # type: ignore[arg-type]
 
 
 @cache
