@@ -39,10 +39,11 @@ SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe", "plain-fl-games"]
+KINDS += ["ewwa-fl", "fednova", "prism", "fedfm", "ub-smoe", "plain-fl-games", "read-me", "fedbe"]
+DEGRADED: dict[str, Any] = {"data": {"form": {"kind": "degraded"}}}
 TRAINED = (0, 2)
 """Clients that have been."""
-KINDS.append("beside")  # adapter experts beside dense blocks
+KINDS += ["beside", "ranks"]  # adapter experts beside dense blocks, and forms of them
 """Together they have every kind of tensor and file."""
 OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *RANKED, *IMAGES, *PLAIN, *GROUPED) if variant not in KINDS]
 
@@ -93,8 +94,9 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
         sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
     if "projection" in match.groupdict():
         widths = {m.projection.name: m.projection for m in parts.foundation.model.modules() if isinstance(m, ClientLoRALinear)}
-        projection = widths[match["projection"]]
-        sizes |= {"I": projection.width_in, "O": projection.width_out}
+        shapes = {name: (one.width_out, one.width_in) for name, one in widths.items()}
+        shapes |= {spec.name.split(".")[-2]: spec.item for spec in parts.spec.blocks if spec.owned and len(spec.item) > 1}
+        sizes["O"], sizes["I"] = shapes[match["projection"]]
     return row.shape(sizes)
 
 
@@ -157,6 +159,9 @@ def compare(root: Path, variant: str) -> set[str]:
     """Every tensor of a checkpoint with the page; the rows of the page that fit one."""
     if variant == "beside":
         config = dense_config(root, "llama", "beside", {"adapters": {"attention": ["q_proj"]}})
+    elif variant == "ranks":
+        moe = {"linear": True, "width": 1, "shared": 2, "zero": 2, "router_input": "sample"}
+        config = dense_config(root, "vit", "ranks", {"adapters": {"moe": moe}, "method": {"name": "mor"}}, DEGRADED)
     else:
         config = variant_config(root, variant, "spec", {"federation": {"participation": 1.0}})
     parts = begun(config)
@@ -176,7 +181,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 35
+    assert len(ROWS) == 39
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 

@@ -174,7 +174,7 @@ EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTER
 LONGER: dict[str, tuple[int, dict[str, Any]]] = {
     "flux": (3, {"federation": {"tiers": [{"experts": 3, "share": 1.0}, {"experts": 2, "share": 1.0}]}}),
     "fed-moe": (4, {"local": {"lr": 1e-4}}),
-    "bmsfed": (4, {"federation": {"participation": 0.5}}),
+    "bmsfed": (8, {"federation": {"participation": 0.5}}),
     "flex-moe": (4, {"federation": {"tiers": [{"experts": 6, "share": 1.0}, {"experts": 5, "share": 1.0}]}}),
 }
 """Methods that need more than two rounds: so slow that losses stall in them, or with other tiers."""
