@@ -287,6 +287,9 @@ MODES: dict[str, Mapping[str, Any]] = {
     "ranks": {
         "adapters": {"moe": {"experts": 4, "width": 1, "top_k": 2, "linear": True, "shared": 2, "zero": 2}},
     },
+    "head": {"adapters": {"head": "train"}},
+    "server training": {"data": {"public": 0.2}, "server": {"training": {"epochs": 0.5, "lr": 0.02, "warm_up": 0.5}}},
+    "private": {"privacy": {"clip": 0.05, "noise_multiplier": 0.5}},
     "dropout": {"adapters": {"dropout": 0.2}},
     "balance": {"local": {"balance_loss": 0.1}},
     "fedprox": {"local": {"drift": "fedprox"}},

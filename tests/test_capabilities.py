@@ -59,6 +59,19 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "ranks": {"router bias": "moves routers by how much experts are used, and these are not there to be used"},
     "attention": {"packing": "samples that lie end to end are attended to apart"},
+    "server training": {"own models": "has no one model of all clients that the server could train"},
+    "private": {
+        **dict.fromkeys(("plan", "spending"), "its rounds are planned"),
+        **dict.fromkeys(("memory", "statistics", "survey"), "clients tell the server more than their changes"),
+        **dict.fromkeys(("gradient probe", "attention", "shares", "elements"), "its weights follow from clients' data"),
+        **dict.fromkeys(("scaffold", "feddyn"), "sends clients' variables as well"),
+        **dict.fromkeys(("synchronous", "deadline", "buffered"), "availability decides who takes part"),
+        "changes": "its weights are those of changes",
+        "router bias": "the server makes something of how clients' tokens are routed",
+        "after the mean": "it changes the mean by a rule of its own",
+        "server rate": "its server's rate follows from who takes part",
+        "factors": "it collects clients' factors",
+    },
 }
 """By two features, what the line says that refuses them."""
 REFUSALS = {frozenset((one, other)): line for one, others in REFUSED.items() for other, line in others.items()}
