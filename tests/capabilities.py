@@ -248,7 +248,9 @@ CAPABILITIES: dict[str, Capability] = {
     "trained layers": Capability(
         told=lambda method, client, _: {"trained_N": np.arange(method.facts.depth) > client.index % 2 - 1}
     ),
-    "samples": Capability(told=lambda method, client, _: {"samples": np.arange(client.index % 2, client.sequences)}),
+    "samples": Capability(
+        told=lambda method, client, _: {"samples": np.arange(client.index % min(client.sequences, 2), client.sequences)}
+    ),
     "rows": Capability(
         {"unequal_ranks": True, "missing_rows": "global"},
         lambda method, client, _: {"rows_R": np.arange(method.facts.rank) % 2 == client.index % 2, "scale": 2.0},
@@ -287,6 +289,7 @@ MODES: dict[str, Mapping[str, Any]] = {
     "ranks": {
         "adapters": {"moe": {"experts": 4, "width": 1, "top_k": 2, "linear": True, "shared": 2, "zero": 2}},
     },
+    "groups": {"foundation": {"convert": {"experts": 4}}, "adapters": {"expert_training": "full", "router": "frozen"}},
     "head": {"adapters": {"head": "train"}},
     "server training": {"data": {"public": 0.2}, "server": {"training": {"epochs": 0.5, "lr": 0.02, "warm_up": 0.5}}},
     "private": {"privacy": {"clip": 0.05, "noise_multiplier": 0.5}},
@@ -310,11 +313,13 @@ ALTERNATIVES: Sequence[frozenset[str]] = [
     for group in (
         {"plan", "spending"},
         {"allowed experts", "members"},
-        {"whole experts", "ranks"},
+        {"whole experts", "ranks", "groups"},
         {"members", "survey"},
         {"objective", "statistics", "survey"},
         {"observer", "attention"},
         {"own models", "router bias"},
+        # Groups have no router.
+        {"groups", "router bias"},
         {"changes", "shares", "elements"},
         {"fedprox", "scaffold", "feddyn"},
         {"synchronous", "deadline", "buffered"},

@@ -22,6 +22,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import run_spec
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.methods import method_for, registry
 
 SMALL: dict[str, Any] = {
@@ -50,7 +51,7 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("scaffold", "feddyn"), "changes what the adapters' coordinates mean"),
         "fedams": "has no mean of adapters whose change could be a gradient",
     },
-    "balance": {"micro-batches": "weighs a whole step of 3 sequences at once"},
+    "balance": {"micro-batches": "weighs a whole step of 3 sequences at once", "groups": "have no router whose choice it"},
     "statistics": {"delay": OLD_STATISTICS, "buffered": "those of past rounds are not kept for updates that come late"},
     "survey": {
         "delay": OLD_STATISTICS,
@@ -89,8 +90,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(root: Path, name: str, features: Sequence[str], *changes: dict[str, Any]) -> Config:
-    # Ranks are experts beside a dense model.
-    beside = {"foundation": {"path": str(root / "llama")}} if "ranks" in features else {}
+    # Ranks are experts beside a dense model, and groups are made of one.
+    beside = {"foundation": {"path": str(root / "llama")}} if {"ranks", "groups"} & set(features) else {}
     return make_config(root, name, SMALL, beside, *(MODES[one] for one in features if one in MODES), *changes)
 
 
@@ -106,7 +107,9 @@ def test_two_features_go_together_or_one_line_refuses_them(root: Path, probe: An
         probe(sorted(pair, key=FEATURES.index))
         try:
             config = config_of(root, "pair", sorted(pair))
-            check_devices(config, method_for(config))
+            method = method_for(config)
+            check_plan(config, bitwise=True)
+            check_devices(config, method)
         except UserError as error:
             found[pair] = str(error)
     assert found.keys() == REFUSALS.keys(), [sorted(pair) for pair in found.keys() ^ REFUSALS.keys()]

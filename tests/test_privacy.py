@@ -15,6 +15,7 @@ import pytest
 from every import every
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from hypothesis import given
+from hypothesis import settings as tried
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -255,6 +256,7 @@ def test_of_everybody_the_account_is_gaussian_noise(multiplier: float, rounds: i
     assert spent > 50 or exact(0.5 * spent) > delta
 
 
+@tried(max_examples=25)
 @given(st.integers(1, 40), st.integers(2, 500))
 def test_the_account_grows_with_rounds_and_falls_with_noise_and_sampling(rounds: int, clients: int) -> None:
     spent = epsilon(settings(), clients, rounds)
