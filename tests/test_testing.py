@@ -233,7 +233,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What a method cannot do without."""
 
 
-OTHERS = {"fft-moe", "mor", "split-mix", "shefl", "raffm", "bmsfed", "fedbe"}
+OTHERS = {"fft-moe", "mor", "split-mix", "shefl", "raffm", "read-me", "bmsfed", "fedbe"}
 """They run on other models."""
 
 
